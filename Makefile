@@ -1,0 +1,39 @@
+# `make quickstart` and `make test` each do all set-up on a machine with Python ≥ 3.11, in one go, idempotently.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: quickstart test test-all lint golden clean
+
+quickstart: $(VENV)/package.stamp
+	$(BIN)/tunelab quickstart
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+# Everything, with the real weights and TRL as an oracle.
+test-all: $(VENV)/oracles.stamp
+	$(BIN)/python -m pytest -m "slow or weights or oracle or not slow"
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tunelab needs Python >= 3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/package.stamp: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/package.stamp
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/oracles.stamp: $(VENV)/dev.stamp
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,oracles]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

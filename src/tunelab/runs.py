@@ -1,0 +1,198 @@
+"""The run folder: written by training, read by everything else. Plain JSON, no torch, nothing cached.
+
+    runs/NAME/config.yaml     the resolved recipe
+    runs/NAME/run.json        what it is, where it stands, what it cost, how good it became
+    runs/NAME/metrics.jsonl   one line a logged step: {"step", "phase": "train"|"eval", ...metrics}
+    runs/NAME/samples.jsonl   answers to fixed prompts: {"step", "prompt", "completion", "reference"}
+    runs/NAME/report.html
+    runs/NAME/checkpoints/    see training/checkpoint.py
+    runs/NAME/best            → the checkpoint with the lowest eval loss
+
+run.json keys: schema_version, name, method, status (created, running, completed, interrupted, failed, diverged),
+created, finished, fingerprint, versions, machine, model, data, cost, result, best, error, resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from tunelab import __version__
+from tunelab.config import Recipe, load_recipe
+from tunelab.errors import ConfigError, did_you_mean
+
+SCHEMA_VERSION = 1
+
+
+def now() -> str:
+    """The current time, UTC, ISO 8601 to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` so that a kill leaves the old or the new file, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def environment_record() -> dict[str, Any]:
+    """Versions and machine, as `versions` and `machine` of run.json. Imports none of the libraries it names."""
+    names = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
+    versions = {"tunelab": __version__, "python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in names}
+    machine = {"platform": platform.platform(), "cpu": _cpu_name(), "cores": os.cpu_count() or 1}
+    return {"versions": versions, "machine": machine}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux: platform's own word is the best there is
+    return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, recipe: Recipe) -> RunFolder:
+        """Make the folder of a new run. A given `run_name` that exists is an error; a generated one never collides."""
+        root = Path(recipe.training.output_dir)
+        name = recipe.training.run_name
+        if name is None:
+            model = Path(recipe.model.name.rstrip("/")).name.split(".gguf")[0].lower()
+            stem = f"{recipe.method.name}-{model}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+            name, suffix = stem, 2
+            while (root / name).exists():
+                name, suffix = f"{stem}-{suffix}", suffix + 1
+        path = root / name
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise ConfigError(
+                f"training.run_name: {path} exists; choose another name, or continue it with --resume {path}"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"training.output_dir: cannot create {path} ({error.strerror})") from None
+        folder = cls(path)
+        yaml = YAML(typ="safe")
+        yaml.default_flow_style = False
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+        with (path / "config.yaml").open("w", encoding="utf-8") as file:
+            yaml.dump(recipe.resolved(), file)
+        folder.write_record(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "name": name,
+                "method": recipe.method.name,
+                "status": "created",
+                "created": now(),
+                "finished": None,
+                "fingerprint": recipe.fingerprint(),
+                **environment_record(),
+            }
+        )
+        return folder
+
+    @classmethod
+    def open(cls, name: str | Path, root: str | Path = "runs") -> RunFolder:
+        """An existing run by path, or by name under `root`. Raises ConfigError naming the nearest run."""
+        for path in (Path(name), Path(root) / name):
+            if (path / "run.json").is_file():
+                return cls(path)
+        known = [run.path.name for run in list_runs(root)]
+        hint = did_you_mean(str(name), known) or (f"; `tunelab runs` lists those under {root}" if known else "")
+        raise ConfigError(f"{name}: no such run{hint}")
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe this run was started with."""
+        return load_recipe(self.path / "config.yaml")
+
+    def record(self) -> dict[str, Any]:
+        """run.json."""
+        record: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        return record
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        write_atomically(self.path / "run.json", json.dumps(record, indent=1) + "\n")
+
+    def update(self, **fields: Any) -> dict[str, Any]:
+        """Change top-level fields of run.json and return it."""
+        record = self.record() | fields
+        self.write_record(record)
+        return record
+
+    def log_metrics(self, step: int, phase: str, metrics: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl."""
+        self._append("metrics.jsonl", {"step": step, "phase": phase, "time": round(time.time(), 3), **metrics})
+
+    def log_sample(self, step: int, prompt: str, completion: str, reference: str | None) -> None:
+        """Append one generated answer to samples.jsonl; `reference` is the data's own answer."""
+        self._append(
+            "samples.jsonl", {"step": step, "prompt": prompt, "completion": completion, "reference": reference}
+        )
+
+    def metrics(self, phase: str | None = None) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl, of one phase if given. A last line cut short by a kill is left out."""
+        return [row for row in self._lines("metrics.jsonl") if phase is None or row["phase"] == phase]
+
+    def samples(self) -> list[dict[str, Any]]:
+        return list(self._lines("samples.jsonl"))
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: a resumed run writes it again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = [row for row in self._lines(name) if row["step"] <= step]
+            if (self.path / name).exists():
+                write_atomically(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        path = self.path / name
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for index, line in enumerate(lines):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                if index < len(lines) - 1:
+                    raise
+
+
+def list_runs(root: str | Path = "runs") -> list[RunFolder]:
+    """All runs under `root`, oldest first (by creation time)."""
+    root = Path(root)
+    found = [RunFolder(p.parent) for p in root.glob("*/run.json")] if root.is_dir() else []
+    return sorted(found, key=lambda run: (run.record().get("created", ""), run.name))
