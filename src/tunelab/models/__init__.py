@@ -1,0 +1,1 @@
+"""The model room: loading, the packed engine, generation, saving."""
