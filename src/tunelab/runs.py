@@ -196,3 +196,16 @@ def list_runs(root: str | Path = "runs") -> list[RunFolder]:
     root = Path(root)
     found = [RunFolder(p.parent) for p in root.glob("*/run.json")] if root.is_dir() else []
     return sorted(found, key=lambda run: (run.record().get("created", ""), run.name))
+
+
+def lineage(run: RunFolder) -> list[RunFolder]:
+    """The runs whose models led to this one, first stage first, `run` last (e.g. [sft run, dpo run]).
+
+    A stage is followed while its `model.name` is a run folder that still exists.
+    """
+    chain = [run]
+    while True:
+        start = Path(chain[0].recipe().model.name)
+        if not (start / "run.json").is_file() or any(start.resolve() == r.path.resolve() for r in chain):
+            return chain
+        chain.insert(0, RunFolder(start))

@@ -54,7 +54,6 @@ def _predictors(batch: Batch, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     columns = [{packed: column for column, packed in enumerate(row)} for row in rows]
     sequences = batch.sequence_ids.tolist()
     found = [
-        columns[sequence][position]
-        for sequence, position in zip(sequences, batch.loss_positions.tolist(), strict=True)
+        columns[sequence][position] for sequence, position in zip(sequences, batch.loss_positions.tolist(), strict=True)
     ]
     return torch.tensor(sequences), torch.tensor(found)

@@ -1,0 +1,176 @@
+"""`tunelab evaluate`: the base model and every stage of a run on the same held-out records, with intervals.
+
+Loss here is the cross-entropy of the held-out answers (`eval/nll`, nats per token; perplexity is its exponential),
+whatever the stage was trained on, so that all arms can be compared. On preference data it is that of the chosen answers,
+and a preference is a pair whose chosen answer has the higher log-probability *per token* (the sum would favour short ones).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tunelab.config import ModelConfig, Recipe
+from tunelab.data import Dataset, GenerationPrompt, fixed_sample, generation_prompts, load_records, prepare
+from tunelab.errors import ConfigError
+from tunelab.evaluation.heldout import RecordScores, score_records
+from tunelab.evaluation.statistics import Interval, bootstrap_mean, bootstrap_paired
+from tunelab.models.engine import choose_layout
+from tunelab.models.generation import GenerationSettings, generate
+from tunelab.models.loading import load_model, load_tokenizer
+from tunelab.progress import Progress
+from tunelab.runs import RunFolder, lineage, write_atomically
+from tunelab.types import PreferencePair
+
+SCHEMA_VERSION = 1
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model under comparison."""
+
+    name: str
+    model: ModelConfig
+
+
+def evaluate_run(
+    run: RunFolder,
+    *,
+    progress: Progress,
+    data: str | None = None,
+    limit: int | None = None,
+    generations: int = 3,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compare a run's best checkpoint, and the stages before it, with the base model; writes evaluation.json.
+
+    `data` defaults to the recipe's eval data; `limit` takes a fixed random sample of it. Raises ConfigError if there is
+    no held-out data to use.
+    """
+    recipe = run.recipe()
+    if data is None and recipe.data.eval is None:
+        raise ConfigError(f"{run.path}: its recipe names no eval data; give some with --data FILE")
+    dataset = _load_heldout(recipe, data)
+    arms = arms_of(run)
+    sample = np.arange(len(dataset.examples))
+    if limit is not None:
+        sample = fixed_sample(len(dataset.examples), limit, seed)
+    prompts = generation_prompts(dataset, load_tokenizer(recipe.model), generations, seed)
+    settings = GenerationSettings(max_new_tokens=recipe.evaluation.max_new_tokens, temperature=0.0, seed=seed)
+    result = compare_arms(arms, dataset, sample, prompts, settings, progress)
+    result = {"schema_version": SCHEMA_VERSION, "data": data or recipe.data.eval, **result}
+    write_atomically(run.path / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def arms_of(run: RunFolder) -> list[Arm]:
+    """base, then each stage of the run's lineage under its method's name."""
+    stages = lineage(run)
+    arms = [Arm("base", stages[0].recipe().model)]
+    for stage in stages:
+        method = stage.recipe().method.name
+        taken = sum(arm.name.split("-")[0] == method for arm in arms)
+        name = method if not taken else f"{method}-{taken + 1}"
+        arms.append(Arm(name, stage.recipe().model.model_copy(update={"name": str(stage.path)})))
+    return arms
+
+
+def compare_arms(
+    arms: Sequence[Arm],
+    dataset: Dataset,
+    sample: np.ndarray,
+    prompts: Sequence[GenerationPrompt],
+    settings: GenerationSettings,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Scores, intervals, paired differences and answers of every arm on the same records. One model at a time in memory."""
+    scores: dict[str, RecordScores] = {}
+    answers: list[dict[str, str]] = [{} for _ in prompts]
+    for arm in arms:
+        task = f"evaluating {arm.name}"
+        progress.start(task, len(sample))
+        loaded = load_model(arm.model)
+        choose_layout(loaded, arm.model.layout)
+        scores[arm.name] = score_records(
+            loaded,
+            dataset,
+            sample,
+            batch_size=BATCH_SIZE,
+            on_records=lambda count, task=task: progress.advance(task, count),  # type: ignore[misc]
+        )
+        for slot, answer in zip(answers, generate(loaded, [p.ids for p in prompts], settings), strict=True):
+            slot[arm.name] = answer.text
+        progress.finish(task)
+        del loaded
+    pairs = [(a.name, b.name) for a, b in zip(arms, arms[1:], strict=False)]
+    if len(arms) > 2:
+        pairs.append((arms[0].name, arms[-1].name))
+    return {
+        "num_records": len(sample),
+        "confidence": 0.95,
+        "arms": [{"name": a.name, "model": a.model.name, "metrics": _metrics(scores[a.name])} for a in arms],
+        "differences": [d for first, second in pairs for d in _differences(first, second, scores)],
+        "generations": [
+            {"prompt": p.text, "reference": p.reference, "answers": slot} for p, slot in zip(prompts, answers, strict=True)
+        ],
+    }
+
+
+def _load_heldout(recipe: Recipe, source: str | None) -> Dataset:
+    config = recipe.data
+    path = source or config.eval
+    assert path is not None, "checked by the caller"
+    records = load_records(
+        path, split=config.eval_split, subset=config.subset, on_error=config.on_error, limit=config.limit_eval
+    )
+    pairs = isinstance(records.records[0], PreferencePair)
+    return prepare(
+        records,
+        load_tokenizer(recipe.model),
+        method="dpo" if pairs else "sft",
+        render=config.render,
+        loss_on="completions",
+        max_length=config.max_length,
+    )
+
+
+def _per_token(scores: RecordScores) -> np.ndarray:
+    """(N, K) log-probability per token."""
+    return scores.logprobs / scores.counts
+
+
+def _columns(scores: RecordScores) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+    """Metric name → per-record values, and weights where the metric is a ratio of sums."""
+    columns: dict[str, tuple[np.ndarray, np.ndarray | None]] = {
+        "eval/nll": (-scores.logprobs[:, 0], scores.counts[:, 0].astype(np.float64))
+    }
+    if scores.logprobs.shape[1] == 2:
+        margin = _per_token(scores)[:, 0] - _per_token(scores)[:, 1]
+        columns["preference/accuracy"] = ((margin > 0).astype(np.float64), None)
+        columns["preference/margin"] = (margin, None)
+    return columns
+
+
+def _metrics(scores: RecordScores) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    for name, (values, weights) in _columns(scores).items():
+        interval = bootstrap_mean(values, weights)
+        metrics[name] = interval.to_json()
+        if name == "eval/nll":
+            metrics["eval/perplexity"] = interval.map(np.exp).to_json()
+    return metrics
+
+
+def _differences(first: str, second: str, scores: dict[str, RecordScores]) -> list[dict[str, Any]]:
+    """second − first on the same records, for every metric."""
+    before, after = _columns(scores[first]), _columns(scores[second])
+    rows = []
+    for name, (values, weights) in after.items():
+        interval: Interval = bootstrap_paired(values, before[name][0], weights)
+        rows.append({"metric": name, "from": first, "to": second, **interval.to_json()})
+    return rows

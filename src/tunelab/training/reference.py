@@ -1,0 +1,83 @@
+"""Reference log-probabilities: once per model and data set, cached on disk.
+
+The reference of DPO and its kin never changes during a run, so its forward passes are paid once and its weights need not
+stay in memory. The key covers everything the numbers depend on: weights, token ids and masks (which contain tokenizer,
+rendering and truncation), precision and layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from tunelab.data import Dataset, pack
+from tunelab.models.builtin import cache_folder
+from tunelab.models.engine import sequence_logprobs
+from tunelab.models.loaded import LoadedModel
+from tunelab.models.saving import weights_fingerprint
+from tunelab.progress import Progress
+from tunelab.training.loop import StopRequested
+from tunelab.training.signals import StopSignal
+
+BATCH_SIZE = 8
+
+
+def reference_logprobs(
+    loaded: LoadedModel, datasets: Sequence[Dataset], progress: Progress, stop: StopSignal
+) -> list[np.ndarray]:
+    """Summed log-probabilities of (chosen, rejected) under `loaded` for every pair: one (P, 2) float32 per data set.
+
+    Read from `$TUNELAB_CACHE/reference` where present. Raises StopRequested if a stop was asked for midway.
+    """
+    weights = weights_fingerprint(loaded.model)
+    return [_one(loaded, weights, dataset, progress, stop) for dataset in datasets]
+
+
+def _one(
+    loaded: LoadedModel, weights: str, dataset: Dataset, progress: Progress, stop: StopSignal
+) -> np.ndarray:
+    parts = (weights, dataset.fingerprint, loaded.precision.name, loaded.layout, loaded.device.type)
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    path = cache_folder() / "reference" / f"{key[:32]}.safetensors"
+    cached = _read(path, len(dataset.examples))
+    if cached is not None:
+        progress.note(f"reference log-probabilities: {len(cached)} pairs from the cache")
+        return cached
+    task = "reference"
+    progress.start(task, len(dataset.examples))
+
+    def on_batch(batch: object) -> None:
+        progress.advance(task, len(batch.record_ids))  # type: ignore[attr-defined]
+        if stop():
+            raise StopRequested
+
+    ids = range(len(dataset.examples))
+    batches = (
+        pack([dataset.examples[i] for i in ids[start : start + BATCH_SIZE]], ids[start : start + BATCH_SIZE])
+        for start in range(0, len(ids), BATCH_SIZE)
+    )
+    sums, _ = sequence_logprobs(loaded, batches, on_batch)
+    progress.finish(task)
+    values = sums.reshape(-1, 2).astype(np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    save_file({"logprobs": values}, temporary)
+    temporary.replace(path)
+    return values
+
+
+def _read(path: Path, num_pairs: int) -> np.ndarray | None:
+    """A cached array, or None where there is none or it is not one of ours (it is then computed and written again)."""
+    if not path.is_file():
+        return None
+    try:
+        values: np.ndarray = load_file(path)["logprobs"]
+    except (SafetensorError, KeyError):
+        return None
+    return values if values.shape == (num_pairs, 2) else None

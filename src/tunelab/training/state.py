@@ -1,0 +1,75 @@
+"""The one object a run is while it runs, and exactly what a checkpoint holds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from tunelab.models.loaded import LoadedModel
+
+
+@dataclass
+class Counters:
+    """Where the run stands, in numbers that JSON holds exactly.
+
+    `step` optimizer steps are done. `samples`, `tokens` (packed, prompts once) and `loss_tokens` were trained on;
+    `flops` by the engine's formula, `flops_6nd` by 6·N·tokens. `seconds` by phase, over all sessions of the run.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+    flops: float = 0.0
+    flops_6nd: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+
+@dataclass
+class EvaluationState:
+    """What later evaluations are compared with. `last_step` is the step last evaluated, −1 before the first."""
+
+    last_step: int = -1
+    best_loss: float | None = None
+    best_step: int | None = None
+    without_improvement: int = 0
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer, scaler, counters. The loader's position is `counters.step` (its order is a pure function);
+    random generators are read and written by the checkpoint itself.
+    """
+
+    loaded: LoadedModel
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    counters: Counters = field(default_factory=Counters)
+    evaluation: EvaluationState = field(default_factory=EvaluationState)
+    stop_early: bool = False
+
+    @property
+    def step(self) -> int:
+        return self.counters.step
+
+    def numbers(self) -> dict[str, Any]:
+        """The JSON part of a checkpoint."""
+        return {
+            "counters": asdict(self.counters),
+            "evaluation": asdict(self.evaluation),
+            "stop_early": self.stop_early,
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+        }
+
+    def load_numbers(self, numbers: dict[str, Any]) -> None:
+        self.counters = Counters(**numbers["counters"])
+        self.evaluation = EvaluationState(**numbers["evaluation"])
+        self.stop_early = numbers["stop_early"]
+        if self.scaler is not None and numbers["scaler"] is not None:
+            self.scaler.load_state_dict(numbers["scaler"])

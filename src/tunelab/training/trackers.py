@@ -1,0 +1,103 @@
+"""Optional experiment trackers. The run folder is the truth; these are mirrors of metrics.jsonl, each a pip extra."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from tunelab.errors import MachineError
+
+
+class Tracker(Protocol):
+    """A place metrics are mirrored to."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def build_trackers(names: Sequence[str], project: str, run: Path, config: Mapping[str, Any]) -> list[Tracker]:
+    """The recipe's trackers. Raises MachineError naming the extra to install, before any training."""
+    return [TRACKERS[name](_require(name), project, run, config) for name in names]
+
+
+def _require(name: str) -> Any:
+    modules = {"tensorboard": "torch.utils.tensorboard"}
+    try:
+        return importlib.import_module(modules.get(name, name))
+    except ImportError:
+        raise MachineError(
+            f"tracking.trackers: {name} is not installed; pip install 'tunelab[{name}]' or remove it from the list"
+        ) from None
+
+
+class WandbTracker:
+    """Weights & Biases, offline unless WANDB_MODE says otherwise; files go into the run folder."""
+
+    def __init__(self, wandb: Any, project: str, run: Path, config: Mapping[str, Any]) -> None:
+        import os
+
+        mode = os.environ.get("WANDB_MODE", "offline")
+        self._run = wandb.init(
+            project=project, name=run.name, id=run.name, resume="allow", dir=str(run), config=dict(config), mode=mode
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorboardTracker:
+    """Event files under runs/NAME/tensorboard."""
+
+    def __init__(self, tensorboard: Any, project: str, run: Path, config: Mapping[str, Any]) -> None:
+        self._writer = tensorboard.SummaryWriter(str(run / "tensorboard"))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class TrackioTracker:
+    """trackio, local."""
+
+    def __init__(self, trackio: Any, project: str, run: Path, config: Mapping[str, Any]) -> None:
+        self._trackio = trackio
+        trackio.init(project=project, name=run.name, config=dict(config), resume="allow")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._trackio.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._trackio.finish()
+
+
+class MlflowTracker:
+    """MLflow; a local ./mlruns unless MLFLOW_TRACKING_URI is set."""
+
+    def __init__(self, mlflow: Any, project: str, run: Path, config: Mapping[str, Any]) -> None:
+        self._mlflow = mlflow
+        mlflow.set_experiment(project)
+        mlflow.start_run(run_name=run.name)
+        mlflow.log_dict(dict(config), "config.json")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._mlflow.log_metrics({name: float(value) for name, value in metrics.items()}, step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+TRACKERS: dict[str, Callable[[Any, str, Path, Mapping[str, Any]], Tracker]] = {
+    "wandb": WandbTracker,
+    "tensorboard": TensorboardTracker,
+    "trackio": TrackioTracker,
+    "mlflow": MlflowTracker,
+}
