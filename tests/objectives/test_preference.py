@@ -15,7 +15,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -117,6 +117,7 @@ def test_losses_are_per_pair() -> None:
         torch.testing.assert_close(free(policy), torch.cat([free(policy[i : i + 1]) for i in range(7)]), rtol=0, atol=0)
 
 
+@settings(deadline=None)
 @given(h=st.floats(-50, 50), smoothing=st.floats(0, 0.45), beta=st.floats(0.01, 2))
 def test_robust_dpo_is_unbiased(h: float, smoothing: float, beta: float) -> None:
     """Over flips of rate ε its expectation is the clean loss: (1-ε) robust(h) + ε robust(-h) = dpo(h)."""
@@ -126,6 +127,7 @@ def test_robust_dpo_is_unbiased(h: float, smoothing: float, beta: float) -> None
     torch.testing.assert_close(expectation, dpo_loss(*margin(h), beta=beta), rtol=1e-9, atol=1e-9)
 
 
+@settings(deadline=None)
 @given(h=st.floats(-50, 50), smoothing=st.floats(0, 0.5))
 def test_conservative_dpo_is_the_expectation_over_flips(h: float, smoothing: float) -> None:
     """cDPO(h) = (1-ε) dpo(h) + ε dpo(-h); with ε = 1/2 the label tells nothing and the loss is even in h."""
@@ -208,6 +210,7 @@ def test_extreme_averages_stay_finite(name: str, dtype: torch.dtype) -> None:
     assert policy.grad.isfinite().all()
 
 
+@settings(deadline=None)
 @given(chosen=st.floats(-40, -1e-5), rejected=st.floats(-40, -1e-5))
 def test_log_odds_ratio_in_float32_against_float64(chosen: float, rejected: float) -> None:
     """Against log(P/(1-P)) with log(1-P) from log1p or log(-expm1), each where it is accurate (Mächler 2012)."""

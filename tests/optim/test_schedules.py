@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from transformers import get_scheduler
@@ -89,19 +90,24 @@ def test_warmup_stable_decay_by_hand(decay_type: str, down: list[float]) -> None
 def test_after_the_warmup_it_is_transformers(
     kind: str, hf_kind: str, options: dict[str, object], hf_options: dict[str, object], warmup: int
 ) -> None:
-    """N = 40. During the warm-up transformers is one step behind and spends step 0 at learning rate 0."""
+    """N = 40. In the warm-up transformers is one step behind and spends step 0 at learning rate 0.
+
+    (Its warmup_stable_decay starts the warm-up from the floor instead; ours rises alike for every schedule.)
+    """
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = get_scheduler(hf_kind, optimizer, warmup, 40, scheduler_specific_kwargs=hf_options).lr_lambdas[0]
     ours = schedule(kind, 40, warmup_steps=warmup, **options)
     assert ours[warmup:40] == pytest.approx([theirs(step) for step in range(warmup, 40)], abs=1e-12)
-    assert ours[: max(0, warmup - 1)] == pytest.approx([theirs(step + 1) for step in range(warmup - 1)])
-    assert not warmup or theirs(0) == 0.0
+    if warmup and kind != "warmup_stable_decay":
+        assert theirs(0) == 0.0
+        assert ours[: warmup - 1] == pytest.approx([theirs(step) for step in range(1, warmup)])
 
 
 KINDS = st.sampled_from(["constant", "linear", "cosine", "inverse_sqrt", "warmup_stable_decay"])
 DECAYING = ("linear", "cosine", "warmup_stable_decay")
 
 
+@settings(deadline=None)
 @given(data=st.data(), kind=KINDS, num_steps=st.integers(1, 400), floor=st.floats(0, 1))
 def test_every_schedule(data: st.DataObject, kind: str, num_steps: int, floor: float) -> None:
     """In [0, 1]; never 0 in a step that is taken; rises, then never rises; no jumps; ends on its floor and stays."""
@@ -122,7 +128,7 @@ def test_every_schedule(data: st.DataObject, kind: str, num_steps: int, floor: f
     assert all(value > 0.0 for value in values[:num_steps])
     up, down = values[: warmup + 1], values[warmup:]
     assert up == sorted(up)
-    assert all(later <= earlier + 1e-15 for earlier, later in zip(down, down[1:], strict=False))
+    assert all(later <= earlier + 1e-15 for earlier, later in pairwise(down))
     assert values[warmup] == pytest.approx(1.0)
     if warmup:
         assert values[0] == 1 / warmup
@@ -132,7 +138,7 @@ def test_every_schedule(data: st.DataObject, kind: str, num_steps: int, floor: f
         assert build(num_steps + 100) == floor
         # The steepest shapes: cosine π/2 and 1-sqrt's first step √(1/D), of the way down.
         steepest = max(math.pi / 2 / decay_steps, math.sqrt(1 / decay_steps))
-        assert all(abs(a - b) <= steepest + 1e-12 for a, b in zip(down, down[1:], strict=False))
+        assert all(abs(a - b) <= steepest + 1e-12 for a, b in pairwise(down))
 
 
 @pytest.mark.parametrize(

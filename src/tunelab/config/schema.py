@@ -18,6 +18,10 @@ DPO_LEARNING_RATE = 5e-6
 """Default of adam and adamw for `method: {name: dpo}`; 2e-5 for SFT."""
 
 
+SIMPO_BETA = 2.0
+"""Default of `method.beta` for `loss: simpo`; 0.1 for every other loss."""
+
+
 class Section(BaseModel):
     """Base of every recipe section: frozen, no unknown keys, no silent type coercion."""
 
@@ -89,6 +93,14 @@ class DPOConfig(Section):
     @property
     def needs_reference(self) -> bool:
         return self.loss not in self.reference_free
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_beta_of_the_loss(cls, data: Any) -> Any:
+        """SimPO's rewards are per token, so its scale is another (Meng et al. 2024 use 2.0 to 2.5)."""
+        if isinstance(data, dict) and data.get("loss") == "simpo":
+            return {"beta": SIMPO_BETA, **data}
+        return data
 
     @model_validator(mode="after")
     def _only_knobs_the_loss_reads(self) -> DPOConfig:
