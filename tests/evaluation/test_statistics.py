@@ -90,7 +90,7 @@ def test_coverage_of_a_paired_difference():
         difficulty = rng.normal(3.0, 1.0, size=60)
         before = difficulty + rng.normal(0, 0.1, size=60)
         after = difficulty - 0.1 + rng.normal(0, 0.1, size=60)
-        got = bootstrap_paired(before, after, resamples=400, seed=trial)
+        got = bootstrap_paired(after, before, resamples=400, seed=trial)
         hits += got.low <= -0.1 <= got.high
         assert got.high - got.low < 0.15
     assert 178 <= hits <= 199
@@ -101,7 +101,7 @@ def test_paired_is_narrower_than_unpaired_and_signed():
     weights = rng.integers(10, 90, size=100)
     before = weights * rng.normal(2.4, 0.5, size=100)
     after = before - 0.28 * weights + rng.normal(0, 1.0, size=100)
-    paired = bootstrap_paired(before, after, weights)
+    paired = bootstrap_paired(after, before, weights)
     first, second = bootstrap_mean(before, weights, seed=1), bootstrap_mean(after, weights, seed=2)
     assert paired.value == pytest.approx(second.value - first.value, abs=1e-12)
     assert paired.high < 0 < first.high - second.low  # shown by the paired interval, hidden by two separate ones

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tunelab.models.builtin import tiny_tokenizer
+from tunelab.models.tiny import build_tiny_tokenizer
 from tunelab.models.engine import choose_layout
 from tunelab.models.loaded import LoadedModel
 from tunelab.parallel import resolve_precision
@@ -14,7 +14,7 @@ from tunelab.parallel import resolve_precision
 
 def build_tiny(seed: int = 0) -> LoadedModel:
     torch.manual_seed(seed)
-    tokenizer: PreTrainedTokenizerFast = tiny_tokenizer()
+    tokenizer: PreTrainedTokenizerFast = build_tiny_tokenizer()
     config = GPT2Config(
         vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa",

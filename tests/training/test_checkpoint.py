@@ -136,7 +136,7 @@ def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path: Path, monkeypatch: 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(room, "save_file", full)
-    with pytest.raises(MachineError, match="No space left on device; free some disk space and resume"):
+    with pytest.raises(MachineError, match=r"No space left on device\); free some disk space and resume"):
         save_checkpoint(tmp_path, state, {})
     assert list(tmp_path.iterdir()) == [older]
 

@@ -81,15 +81,16 @@ def bootstrap_paired(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Interval:
-    """Interval of the change from `a` to `b`, (sum(b) - sum(a)) / sum(weights), measured on the same records.
+    """Interval of a minus b, (sum(a) - sum(b)) / sum(weights), measured on the same records.
 
     a, b, weights: (N,), aligned by record. Each resample draws the same records for both, so what makes a record
-    hard for both models cancels. Negative means that `b` is the smaller. Raises ValueError as `bootstrap_mean` does.
+    hard for both models cancels. Negative means that `a` is the smaller: give (after, before) for the change from
+    before to after. Raises ValueError as `bootstrap_mean` does.
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"a and b must describe the same records, got shapes {first.shape} and {second.shape}")
-    return bootstrap_mean(second - first, weights, resamples=resamples, seed=seed, confidence=confidence)
+    return bootstrap_mean(first - second, weights, resamples=resamples, seed=seed, confidence=confidence)
 
 
 def resample_indices(num_records: int, *, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:

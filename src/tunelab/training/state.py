@@ -40,6 +40,13 @@ class EvaluationState:
     best_step: int | None = None
     without_improvement: int = 0
 
+    def note(self, step: int, loss: float, threshold: float) -> None:
+        """An evaluation after `step` gave `loss`: less than the best by more than `threshold` is an improvement."""
+        improved = self.best_loss is None or loss < self.best_loss - threshold
+        self.without_improvement = 0 if improved else self.without_improvement + 1
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step = loss, step
+
 
 @dataclass
 class TrainState:

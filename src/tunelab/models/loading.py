@@ -1,0 +1,230 @@
+"""From a recipe's `model` section to a model on its device, or a tokenizer alone.
+
+Weights are read from safetensors or GGUF only, never from a pickle; whatever is missing is an error and never a random
+tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tunelab.config import ModelConfig
+from tunelab.errors import ConfigError, MachineError, TunelabError
+from tunelab.models import gguf, tiny
+from tunelab.models.builtin import SMOLLM2, TINY_GPT2, cached_model
+from tunelab.models.dropout import set_dropout
+from tunelab.models.hub import explain_hub_error, hub_is_reachable
+from tunelab.models.loaded import LoadedModel
+from tunelab.models.quiet import quiet_transformers
+from tunelab.models.sources import Source, check_revision, check_weights, find_source
+from tunelab.parallel import resolve_device, resolve_precision
+
+logger = logging.getLogger("tunelab.models")
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `config.tokenizer`, else the model's own, without reading weights.
+
+    Raises ConfigError where there is none, MachineError where the hub or PyPI is needed and out of reach.
+    """
+    key = "model.name" if config.tokenizer is None else "model.tokenizer"
+    source = find_source(config.tokenizer or config.name, key)
+    if config.tokenizer is None:
+        check_revision(config, source)
+    if source.name == TINY_GPT2:
+        return tiny.build_tiny_tokenizer()
+    if source.kind == "gguf":
+        path = Path(source.name)
+        with quiet_transformers(), _explained(source, key):
+            return gguf.load_gguf_tokenizer(path, gguf.read_gguf_header(path))
+    opened = _open(source, config, own_revision=config.tokenizer is None)
+    with quiet_transformers(), _explained(source, key, opened.offline):
+        tokenizer = AutoTokenizer.from_pretrained(opened.place, **opened.keywords)
+    if tokenizer.vocab_size == 0:  # transformers builds an empty one where the files are missing
+        raise ConfigError(f"{key}: {source.given} holds no tokenizer; set model.tokenizer to where one is")
+    return tokenizer
+
+
+def load_model(config: ModelConfig) -> LoadedModel:
+    """The model with its tokenizer, in evaluation mode, on the device and in the precision of `config`.
+
+    Raises ConfigError for a name, folder or file that holds no usable causal language model; MachineError where the
+    hub, PyPI, the device or the precision is not there.
+    """
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    source = find_source(config.name)
+    check_revision(config, source)
+    if source.name == TINY_GPT2:
+        own_config: PreTrainedConfig = tiny.tiny_config()
+        original_dropout = set_dropout(own_config, config.dropout)
+        tokenizer = load_tokenizer(config)
+        model: PreTrainedModel = tiny.build_tiny_model(own_config).to(precision.weights_dtype)
+    else:
+        opened = _open(source, config)
+        own_config = _read_config(source, opened)
+        _check_causal(own_config, source, config.trust_remote_code)
+        original_dropout = set_dropout(own_config, config.dropout)
+        tokenizer = load_tokenizer(config)
+        model = _read_weights(source, opened, own_config, precision.weights_dtype)
+    _check_vocabulary(model, tokenizer, config)
+    return LoadedModel(
+        model=model.to(device),
+        tokenizer=tokenizer,
+        source=config.name,
+        device=device,
+        precision=precision,
+        original_dropout=original_dropout,
+    )
+
+
+def load_skeleton(config: ModelConfig) -> PreTrainedModel:
+    """The model's modules and shapes on torch's `meta` device: no weights are read, no memory is taken.
+
+    For forecasts. Raises what `load_model` raises before it reads weights.
+    """
+    source = find_source(config.name)
+    check_revision(config, source)
+    if source.name == TINY_GPT2:
+        own_config: PreTrainedConfig = tiny.tiny_config()
+    else:
+        own_config = _read_config(source, _open(source, config))
+        _check_causal(own_config, source, config.trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(own_config, trust_remote_code=config.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Arguments of transformers' `from_pretrained`: `place` is a folder or hub name."""
+
+    place: str
+    keywords: dict[str, Any] = field(default_factory=dict)
+    offline: bool = False
+
+
+def _open(source: Source, config: ModelConfig, own_revision: bool = True) -> _Opened:
+    keywords: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if source.name == SMOLLM2:
+        return _Opened(str(cached_model()), keywords)
+    if source.kind == "gguf":
+        path = Path(source.name).resolve()
+        return _Opened(str(path.parent), {**keywords, "gguf_file": str(path)})
+    if source.kind == "folder":
+        return _Opened(source.name, keywords)
+    offline = not hub_is_reachable()
+    keywords["local_files_only"] = offline
+    if own_revision and config.revision is not None:
+        keywords["revision"] = config.revision
+    return _Opened(source.name, keywords, offline)
+
+
+def _read_config(source: Source, opened: _Opened) -> PreTrainedConfig:
+    """The model's config, once its files have been found whole."""
+    if source.kind == "gguf":
+        path = Path(source.name)
+        with quiet_transformers():
+            return gguf.read_gguf_config(path, gguf.read_gguf_header(path))
+    if source.kind != "hub":
+        check_weights(Path(opened.place))
+    with quiet_transformers(), _explained(source, offline=opened.offline):
+        return AutoConfig.from_pretrained(opened.place, **opened.keywords)
+
+
+def _read_weights(source: Source, opened: _Opened, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    is_gguf = source.kind == "gguf"
+    weights = {"quantization_config": gguf.dequantize()} if is_gguf else {"use_safetensors": True}
+    with quiet_transformers(), _explained(source, offline=opened.offline):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            opened.place,
+            config=config,
+            dtype=dtype,
+            attn_implementation=None,  # transformers' choice: SDPA wherever the model has it, else its own
+            output_loading_info=True,
+            **weights,
+            **opened.keywords,
+        )
+    _check_complete(report, source)
+    if is_gguf:
+        gguf.detach_quantizer(model)
+    return model
+
+
+def _check_causal(config: PreTrainedConfig, source: Source, trust_remote_code: bool) -> None:
+    """Refuse, before any weights are read, what is no plain causal language model."""
+    where = f"model.name: {source.given}"
+    if getattr(config, "quantization_config", None) and source.kind != "gguf":
+        raise ConfigError(f"{where} is quantised, and quantised weights cannot be trained; use its full weights")
+    if not str(getattr(config, "transformers_weights", None) or ".safetensors").endswith((".safetensors", ".json")):
+        raise ConfigError(f"{where} names pickled weights ({config.transformers_weights}), which are never read")
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    architectures = config.architectures or []
+    # BERT and its kin can be built as causal models; trained as such they declare is_decoder.
+    if causal is None or config.is_encoder_decoder or getattr(config, "is_decoder", True) is False:
+        kind = architectures[0] if architectures else config.model_type
+        raise ConfigError(f"{where} is no causal language model ({kind}); choose one such as gpt2 or {SMOLLM2}")
+    heads = [name for name in architectures if "For" in name and not name.endswith(("ForCausalLM", "Generation"))]
+    if heads and causal.__name__ not in architectures:
+        raise ConfigError(f"{where} has another head than a language model's ({heads[0]}); use its base model")
+
+
+def _check_complete(report: dict[str, Any], source: Source) -> None:
+    """Every tensor of the model came from the file."""
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"model.name: {source.given} lacks {len(missing)} of the model's tensors ({missing[0]}, …): the weights "
+            "are incomplete or of another architecture than config.json says"
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        logger.warning("%s: %d tensors are not used by the model (%s, …)", source.given, len(unused), unused[0])
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        whose = f"model.tokenizer: {config.tokenizer}" if config.tokenizer else f"model.name: {config.name}"
+        raise ConfigError(
+            f"{whose} has {len(tokenizer)} tokens and the model embeds {rows}; use the tokenizer it was trained with"
+        )
+
+
+@contextmanager
+def _explained(source: Source, key: str = "model.name", offline: bool = False) -> Iterator[None]:
+    """transformers' errors while reading other people's files, as one line."""
+    try:
+        yield
+    except (TunelabError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # configs are free-form: any value in them can raise anything
+        message = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        where = f"{key}: {source.given}"
+        if source.kind == "hub" and (explained := explain_hub_error(source, error, key, offline)):
+            raise explained from error
+        if isinstance(error, ImportError):
+            raise MachineError(f"{where} needs a package that is not installed ({message})") from error
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{where} runs its own Python code; if you trust it, set model.trust_remote_code: true"
+            ) from error
+        if isinstance(error, SafetensorError):
+            raise ConfigError(f"{where} is damaged or cut short ({message}); copy it again") from error
+        raise ConfigError(f"{where} cannot be read by transformers ({message})") from error

@@ -1,0 +1,52 @@
+"""Writing a model as a plain transformers folder, and knowing weights by their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from tunelab.models.dropout import read_dropout, restore_dropout
+from tunelab.models.loaded import LoadedModel
+from tunelab.models.quiet import quiet_transformers
+
+ONE_FILE = "1000TB"
+"""No sharding: a checkpoint's manifest, a copy and `load_model` all deal with one model.safetensors."""
+
+
+def save_model(loaded: LoadedModel, folder: Path) -> None:
+    """Write config.json, generation_config.json, model.safetensors, tokenizer files and chat template into `folder`.
+
+    Stock transformers opens it and computes the same logits. The config has the dropout the model came with; the
+    attention implementation is no part of a saved config. Tied weights are written once. The files are written in
+    place: whoever needs all or nothing writes into a temporary folder and renames it.
+    """
+    with quiet_transformers(), _original_dropout(loaded):
+        loaded.model.save_pretrained(folder, max_shard_size=ONE_FILE)
+        loaded.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _original_dropout(loaded: LoadedModel) -> Iterator[None]:
+    """The config as it came while it is written, the run's own afterwards."""
+    config = loaded.model.config
+    current = read_dropout(config)
+    restore_dropout(config, loaded.original_dropout)
+    try:
+        yield
+    finally:
+        restore_dropout(config, current)
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 over every tensor of the state dict, by name: name, dtype, shape, bytes. The same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().reshape(-1).contiguous().cpu()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
