@@ -132,5 +132,5 @@ def test_threads_and_peak_memory() -> None:
     del block
     assert high >= low - 2**20
     assert high > 64 * 2**20
-    # A peak does not fall with what is freed; the kernel counts pages in batches a thread, so it is exact to about 1 MB.
+    # A peak does not fall with what is freed. (The kernel counts pages in batches: exact to about 1 MB.)
     assert peak_memory_bytes(CPU) > high - 32 * 2**20

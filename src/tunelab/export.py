@@ -1,0 +1,74 @@
+"""A run's model as a plain Hugging Face folder: what transformers opens, without the training state."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunelab.errors import ConfigError, did_you_mean
+from tunelab.runs import RunFolder
+
+TRAINING_STATE = frozenset(
+    ("optimizer.safetensors", "optimizer.json", "rng.safetensors", "state.json", "manifest.json")
+)
+"""Files of a checkpoint that only a resumed run reads."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the checkpoint it came from, the files, and their bytes together."""
+
+    checkpoint: str
+    folder: Path
+    files: tuple[str, ...]
+    num_bytes: int
+
+
+def export_model(run: RunFolder, folder: Path, checkpoint: str | None = None, force: bool = False) -> Exported:
+    """Copy a checkpoint's model, tokenizer and chat template into `folder`, verified against its manifest first.
+
+    `checkpoint`: best, last, or a step; default: the best where eval data chose one, else the last. Every file appears
+    whole or not at all. `force` writes into a folder that holds files and replaces those of the same names; others
+    stay. Raises ConfigError for a checkpoint that does not exist or a folder that is not empty, TunelabError for a
+    checkpoint that is damaged.
+    """
+    from tunelab.training.checkpoint import verify_checkpoint
+
+    source = find_checkpoint(run, checkpoint)
+    verify_checkpoint(source)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file; name a new folder")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise ConfigError(f"{folder}: is not empty; name a new folder, or write into it with --force")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(path.name for path in source.iterdir() if path.name not in TRAINING_STATE)
+    for name in names:
+        partial = folder / f".{name}.tmp-{os.getpid()}"
+        try:
+            shutil.copyfile(source / name, partial)
+            partial.replace(folder / name)
+        finally:
+            partial.unlink(missing_ok=True)
+    return Exported(source.name, folder, tuple(names), sum((folder / name).stat().st_size for name in names))
+
+
+def find_checkpoint(run: RunFolder, checkpoint: str | None) -> Path:
+    """The folder of a run's checkpoint by `best`, `last` or step. Raises ConfigError naming those there are."""
+    steps = {int(path.name.removeprefix("step-")): path for path in sorted(run.checkpoints.glob("step-*"))}
+    if not steps:
+        raise ConfigError(f"{run.path}: has no checkpoint yet; continue it with --resume")
+    best = run.path / "best"
+    if checkpoint is None:
+        checkpoint = "best" if best.is_dir() else "last"
+    if checkpoint == "best":
+        if not best.is_dir():
+            raise ConfigError(f"{run.path}: has no best checkpoint (no eval data chose one); use --checkpoint last")
+        return best.resolve()
+    if checkpoint == "last":
+        return steps[max(steps)]
+    if checkpoint.isdigit() and int(checkpoint) in steps:
+        return steps[int(checkpoint)]
+    known = ["best", "last", *map(str, steps)]
+    raise ConfigError(f"--checkpoint: '{checkpoint}' is not one of {', '.join(known)}{did_you_mean(checkpoint, known)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 CHATML = (
@@ -43,7 +43,7 @@ PLAIN = (
 
 CORPUS = [
     "\n\nHuman: How do I boil an egg?\n\nAssistant: Put the egg in boiling water for eight minutes, then cool it.",
-    "\n\nHuman: Which city is the capital of France?\n\nAssistant: Paris is the capital of France, and has been for long.",
+    "\n\nHuman: Which city is the capital of France?\n\nAssistant: Paris is the capital of France, as ever.",
     "The quick brown fox jumps over the lazy dog. A helpful assistant answers the user's question at once.",
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
 ] * 3
@@ -77,7 +77,8 @@ def byte_level(template: str | None = None) -> PreTrainedTokenizerFast:
 def metaspace() -> PreTrainedTokenizerFast:
     """Llama-like: words begin with ▁, the text's first gets one as well, <s> is put before it; bytes as a fallback."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # no merges across words, as in Llama
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

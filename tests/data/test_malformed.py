@@ -1,16 +1,20 @@
 """Malformed input, one row a case: exit code 3, one line, the place, what was wrong and what was expected."""
 
+# ruff: noqa: E501  (one row a case)
 from __future__ import annotations
 
 import gzip
 import io
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tunelab.data import load_records
 from tunelab.errors import EXIT_DATA, DataError
@@ -95,6 +99,9 @@ BAD_RECORDS: dict[str, tuple[Any, Any, str, str]] = {
         "messages[1].role: unknown role 'asistant' (did you mean 'assistant'?); expected system, user, assistant",
     ),
     "a tool's role": (CHAT, turns(USER, {"role": "tool", "content": "4"}, ANSWER), "role", "unknown role 'tool'"),
+    "a role of several lines": (
+        CHAT, turns(USER, {"role": "a\n\x1b[31m" + "b" * 10_000, "content": "4"}), "role", "unknown role 'a\\n\\x1b[31mbbb",
+    ),
     "no assistant turn": (CHAT, turns(USER, USER), "turns", "messages: no assistant turn to learn from"),
     "the user speaks last": (CHAT, turns(USER, ANSWER, USER), "turns", "expected the assistant to speak last, got user"),
     "a completion by the user": (
@@ -262,3 +269,36 @@ def test_the_shape_is_that_of_the_first_usable_record(tmp_path: Path) -> None:
 
 def test_there_are_enough_cases() -> None:
     assert len(BAD_RECORDS) + len(BAD_FILES) >= 80
+
+
+WHOLE = {
+    "a.jsonl": lines(PAIR, PAIR, PAIR),
+    "a.json": json.dumps([CHAT, CHAT]).encode(),
+    "a.csv": b'prompt,completion\n"a, b",c\nd,"e\nf"\n',
+    "a.jsonl.gz": gzip.compress(lines(HH, HH), mtime=0),
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(sorted(WHOLE)), data=st.data(), on_error=st.sampled_from(["raise", "skip"]))
+def test_random_damage_never_ends_in_a_traceback(name: str, data: st.DataObject, on_error: str) -> None:
+    """Bytes overwritten, cut off and put in: the file still loads, or the error is one line and names the file."""
+    damaged = bytearray(WHOLE[name])
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, max(0, len(damaged) - 1)))
+        damage = data.draw(st.sampled_from(["set", "insert", "cut"]))
+        byte = data.draw(st.sampled_from([0, 10, 13, 34, 44, 92, 123, 125, 128, 255]))
+        if damage == "cut":
+            del damaged[at:]
+        else:
+            damaged[at : at + (damage == "set")] = bytes([byte])
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(damaged)
+        message = str(path)
+        try:
+            load_records(str(path), on_error=on_error)
+        except DataError as error:
+            message = str(error)
+        assert message.startswith(str(path))
+        assert "\n" not in message

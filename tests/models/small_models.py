@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -51,14 +52,12 @@ def llama_cpp_permutation(weight: np.ndarray, num_heads: int) -> np.ndarray:
     transformers rotates dimension j of a head together with j + K/2, llama.cpp 2j with 2j + 1; so row (half h, j) of
     each head is stored at row 2j + h.
     """
-    rows, columns = weight.shape
     stored = np.empty_like(weight)
-    size = rows // num_heads
+    size = len(weight) // num_heads
     for head in range(num_heads):
         for half in (0, 1):
             for j in range(size // 2):
                 stored[head * size + 2 * j + half] = weight[head * size + half * (size // 2) + j]
-    assert columns == weight.shape[1]
     return stored
 
 
@@ -85,10 +84,8 @@ def write_gguf(
     writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_types([3 if i == 0 else 1 for _, i in vocabulary])
-    merges = tokenizer.backend_tokenizer.to_str()
-    import json
-
-    writer.add_token_merges([" ".join(pair) for pair in json.loads(merges)["model"]["merges"]])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_eos_token_id(0)
     writer.add_bos_token_id(0)
     writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")

@@ -25,7 +25,7 @@ from tunelab.data.rendering import Answer, Rendered, RenderMode, RenderName, ren
 from tunelab.data.summary import DataSummary, Listed, compute_lengths, compute_padded_tokens
 from tunelab.data.transcripts import is_transcript_prompt
 from tunelab.errors import DataError
-from tunelab.types import Completion, Example, Origin, PreferencePair, PromptCompletion, Record
+from tunelab.types import Completion, Example, Origin, PlainText, PreferencePair, PromptCompletion, Record
 
 Method = Literal["sft", "dpo"]
 LossOn = Literal["completions", "last_completion", "all"]
@@ -60,8 +60,8 @@ def prepare(
 
     `sft` trains on completions: of preference pairs on the chosen one, of labelled records on the desirable ones.
     `dpo` needs preference pairs, and reads `loss_on` "completions" alone. `loss_on="all"` puts loss on the prompt as
-    well: the example then has no prompt, and its first token, which nothing predicts, has no loss. `batch_size` is that
-    of the padded computation `summary.padded_tokens` compares with.
+    well, and running text always has it there: such an example has no prompt, and no loss on its first token, which
+    nothing predicts. `batch_size` is that of the padded computation `summary.padded_tokens` compares with.
 
     Raises DataError if the records do not suit the method, if a chat template refuses one of them (with
     `on_error="skip"` it is listed instead), or if nothing remains; ConfigError if `render` cannot be had.
@@ -71,16 +71,8 @@ def prepare(
     used, excluded = _select(records, method)
     mode = resolve_render(used[0], tokenizer, render)
     rendered, refused = _render_all(used, tokenizer, mode, records.on_error, last_only=loss_on == "last_completion")
-    examples: list[Example] = []
-    dropped: list[Origin] = []
-    for origin, prompt_ids, completions in _tokenise(rendered, tokenizer, mode):
-        if loss_on == "all":
-            prompt_ids, completions = _all_loss(prompt_ids, completions)
-        example = cut_example(prompt_ids, completions, max_length, origin)
-        if example is None:
-            dropped.append(origin)
-        else:
-            examples.append(example)
+    everywhere = loss_on == "all" or isinstance(used[0], PlainText)
+    examples, dropped = _cut_all(_tokenise(rendered, tokenizer, mode), max_length, everywhere)
     if not examples:
         raise DataError(
             f"{records.source}: nothing left to train on: {len(refused)} records skipped, "
@@ -194,13 +186,36 @@ def _completion(prompt: str, answer: Answer, encode: Encode, eos: int) -> Comple
     return Completion(np.asarray(ids, np.int32), np.asarray(mask, bool))
 
 
-def _all_loss(prompt_ids: np.ndarray, completions: Sequence[Completion]) -> tuple[np.ndarray, list[Completion]]:
-    """The same ids without a prompt: every token with loss but the first, which has no predictor."""
-    found = []
-    for completion in completions:
-        ids = np.concatenate((prompt_ids, completion.ids))
-        found.append(replace(completion, ids=ids, loss_mask=np.arange(len(ids)) > 0))
-    return prompt_ids[:0], found
+def _cut_all(
+    tokenised: Iterator[tuple[Origin, np.ndarray, list[Completion]]], max_length: int, everywhere: bool
+) -> tuple[list[Example], list[Origin]]:
+    """(examples, origins of those left without loss). `everywhere`: loss on the prompt too."""
+    examples: list[Example] = []
+    dropped: list[Origin] = []
+    for origin, prompt_ids, completions in tokenised:
+        if everywhere:
+            prompt_ids, completions = prompt_ids[:0], [_whole(prompt_ids, completion) for completion in completions]
+        if not len(prompt_ids):
+            completions = [_unpredicted(completion) for completion in completions]
+        example = cut_example(prompt_ids, completions, max_length, origin)
+        if example is None:
+            dropped.append(origin)
+        else:
+            examples.append(example)
+    return examples, dropped
+
+
+def _whole(prompt_ids: np.ndarray, completion: Completion) -> Completion:
+    """Prompt and completion as one completion with loss on every token."""
+    ids = np.concatenate((prompt_ids, completion.ids))
+    return replace(completion, ids=ids, loss_mask=np.ones(len(ids), bool))
+
+
+def _unpredicted(completion: Completion) -> Completion:
+    """Without a prompt nothing predicts the first token, so it carries no loss."""
+    mask = completion.loss_mask.copy()
+    mask[:1] = False
+    return replace(completion, loss_mask=mask)
 
 
 def _session_render(record: Record, mode: RenderMode) -> RenderMode:

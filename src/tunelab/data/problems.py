@@ -32,13 +32,17 @@ Kind = Literal[
 ]
 
 
+_MAX_MESSAGE = 500
+"""Characters. Field names and roles come from the data and may be anything."""
+
+
 class BadRecord(Exception):  # noqa: N818  (not for the user: always caught in this room)
     """One record cannot be used; the caller knows where it came from."""
 
     def __init__(self, kind: Kind, message: str) -> None:
         super().__init__(message)
         self.kind = kind
-        self.message = message
+        self.message = one_line(message)
 
     def at(self, origin: Origin) -> Problem:
         return Problem(origin, self.message, self.kind)
@@ -57,6 +61,12 @@ class Problem:
 
     def error(self) -> DataError:
         return DataError(f"{self} (data.on_error: skip leaves such records out)")
+
+
+def one_line(text: str) -> str:
+    """Text from the data inside a message: control characters escaped, and not a page of it."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:_MAX_MESSAGE])
+    return shown + ("…" if len(text) > _MAX_MESSAGE else "")
 
 
 def describe(value: Any) -> str:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from tunelab.data.problems import BadRecord, Problem, describe
+from tunelab.data.problems import BadRecord, Problem, describe, one_line
 from tunelab.errors import DataError
 from tunelab.types import Origin
 
@@ -143,7 +143,7 @@ def _read_json_array(data: bytes, name: str) -> Iterator[Row | Problem]:
     except RecursionError:
         raise DataError(f"{name}: not readable as JSON: nested too deeply") from None
     except (BadRecord, ValueError) as error:
-        raise DataError(f"{name}: {error}") from None
+        raise DataError(f"{name}: {one_line(str(error))}") from None
     if not isinstance(value, list):
         raise DataError(f"{name}: expected a JSON list of records [{{…}}, …], got {describe(value)}")
     for number, element in enumerate(value, start=1):
@@ -184,7 +184,7 @@ def _csv_header(cells: list[str], name: str, line: int) -> list[str]:
         if not cell.strip():
             raise DataError(f"{name}:{line}: column {index + 1} has no name in the header")
         if cell in cells[:index]:
-            raise DataError(f"{name}:{line}: column '{cell}' appears twice in the header")
+            raise DataError(f"{name}:{line}: column '{one_line(cell)}' appears twice in the header")
     return cells
 
 

@@ -171,6 +171,6 @@ def _differences(first: str, second: str, scores: dict[str, RecordScores]) -> li
     before, after = _columns(scores[first]), _columns(scores[second])
     rows = []
     for name, (values, weights) in after.items():
-        interval: Interval = bootstrap_paired(before[name][0], values, weights)
+        interval: Interval = bootstrap_paired(values, before[name][0], weights)
         rows.append({"metric": name, "from": first, "to": second, **interval.to_json()})
     return rows

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from contextlib import redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import GGUFReader
@@ -90,30 +93,32 @@ def load_gguf_tokenizer(path: Path, header: GGUFHeader) -> PreTrainedTokenizerBa
     return tokenizer
 
 
-def detach_quantizer(model: PreTrainedModel) -> None:
-    """Make a dequantised model an ordinary one: transformers saves and trains none that still has a quantiser."""
-    model.hf_quantizer = None
-    del model.config.quantization_config
+def load_gguf_weights(
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The dequantised model and transformers' loading report (`missing_keys` …).
 
-
-def dequantize() -> GgufConfig:
-    """Plain dense weights, also where a kernel could compute with the quantised blocks."""
-    return GgufConfig(dequantize=True)
+    `dequantize=True`: plain dense weights also where a kernel could compute with the quantised blocks, and no quantiser
+    left on the model (transformers neither saves nor trains one that has it).
+    """
+    with redirect_stderr(StringIO()):  # its progress bar heeds no setting
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(path.parent),
+            gguf_file=str(path.resolve()),
+            config=config,
+            dtype=dtype,
+            attn_implementation=None,
+            output_loading_info=True,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    return model, report
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
     """Write the model of a GGUF file as float32 safetensors with config, tokenizer and chat template."""
     header = read_gguf_header(path)
     with quiet_transformers():
-        config = read_gguf_config(path, header)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            gguf_file=str(path.resolve()),
-            config=config,
-            dtype=torch.float32,
-            quantization_config=dequantize(),
-        )
-        detach_quantizer(model)
+        model, _ = load_gguf_weights(path, read_gguf_config(path, header), torch.float32)
         tokenizer = load_gguf_tokenizer(path, header)
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.save_pretrained(folder)

@@ -113,7 +113,7 @@ def load_skeleton(config: ModelConfig) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class _Opened:
-    """Arguments of transformers' `from_pretrained`: `place` is a folder or hub name."""
+    """`place`: a folder, GGUF file or hub name; `keywords`: of transformers' `from_pretrained`."""
 
     place: str
     keywords: dict[str, Any] = field(default_factory=dict)
@@ -124,10 +124,7 @@ def _open(source: Source, config: ModelConfig, own_revision: bool = True) -> _Op
     keywords: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if source.name == SMOLLM2:
         return _Opened(str(cached_model()), keywords)
-    if source.kind == "gguf":
-        path = Path(source.name).resolve()
-        return _Opened(str(path.parent), {**keywords, "gguf_file": str(path)})
-    if source.kind == "folder":
+    if source.kind in ("folder", "gguf"):
         return _Opened(source.name, keywords)
     offline = not hub_is_reachable()
     keywords["local_files_only"] = offline
@@ -149,21 +146,21 @@ def _read_config(source: Source, opened: _Opened) -> PreTrainedConfig:
 
 
 def _read_weights(source: Source, opened: _Opened, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    is_gguf = source.kind == "gguf"
-    weights = {"quantization_config": gguf.dequantize()} if is_gguf else {"use_safetensors": True}
     with quiet_transformers(), _explained(source, offline=opened.offline):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            opened.place,
-            config=config,
-            dtype=dtype,
-            attn_implementation=None,  # transformers' choice: SDPA wherever the model has it, else its own
-            output_loading_info=True,
-            **weights,
-            **opened.keywords,
-        )
+        if source.kind == "gguf":
+            model, report = gguf.load_gguf_weights(Path(source.name), config, dtype)
+        else:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                opened.place,
+                config=config,
+                dtype=dtype,
+                attn_implementation=None,  # transformers' choice: SDPA wherever the model has it, else its own
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported, and refused below by name
+                output_loading_info=True,
+                **opened.keywords,
+            )
     _check_complete(report, source)
-    if is_gguf:
-        gguf.detach_quantizer(model)
     return model
 
 
@@ -188,7 +185,13 @@ def _check_causal(config: PreTrainedConfig, source: Source, trust_remote_code: b
 
 
 def _check_complete(report: dict[str, Any], source: Source) -> None:
-    """Every tensor of the model came from the file."""
+    """Every tensor of the model came from the file; none keeps its random initial value."""
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, expected = mismatched[0]
+        raise ConfigError(
+            f"model.name: {source.given}: tensor {name} has shape {list(found)}, and config.json makes it "
+            f"{list(expected)} ({len(mismatched)} such); take both files from the same model"
+        )
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"model.name: {source.given} lacks {len(missing)} of the model's tensors ({missing[0]}, …): the weights "
@@ -215,7 +218,7 @@ def _explained(source: Source, key: str = "model.name", offline: bool = False) -
     except (TunelabError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # configs are free-form: any value in them can raise anything
-        message = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        message = _one_line(error)
         where = f"{key}: {source.given}"
         if source.kind == "hub" and (explained := explain_hub_error(source, error, key, offline)):
             raise explained from error
@@ -228,3 +231,9 @@ def _explained(source: Source, key: str = "model.name", offline: bool = False) -
         if isinstance(error, SafetensorError):
             raise ConfigError(f"{where} is damaged or cut short ({message}); copy it again") from error
         raise ConfigError(f"{where} cannot be read by transformers ({message})") from error
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of a message, with the second where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

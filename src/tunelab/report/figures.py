@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -79,16 +80,16 @@ class Series:
 
 
 def smooth(values: Floats, window: int) -> Floats:
-    """Centred moving average over `window` (odd) values; (K,) → (K,). The window shrinks evenly at both ends."""
+    """Centred moving average over `window` (odd) values, or those of them that exist at the ends; (K,) → (K,)."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    half = np.minimum.reduce([np.full_like(index, window // 2), index, index[::-1]])
-    return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
+    start, stop = np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, len(values))
+    return (sums[stop] - sums[start]) / (stop - start)
 
 
 def window_for(num_points: int) -> int:
-    """An odd window of about a twentieth of the points, at least 5; 1 (no smoothing) below 12 points."""
-    return 1 if num_points < 12 else max(5, num_points // 20 | 1)
+    """An odd window of about a twelfth of the points, at least 5; 1 (no smoothing) below 12 points."""
+    return 1 if num_points < 12 else max(5, num_points // 12 | 1)
 
 
 def thin_out(series: Series, most: int = _MAX_THIN_POINTS) -> Series:
@@ -98,7 +99,7 @@ def thin_out(series: Series, most: int = _MAX_THIN_POINTS) -> Series:
         return series
     edges = np.linspace(0, count, most // 2 + 1, dtype=int)
     kept: set[int] = {0, count - 1}
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges.tolist()):
         kept |= {start + int(np.argmin(series.values[start:stop])), start + int(np.argmax(series.values[start:stop]))}
     index = sorted(kept)
     return Series(series.steps[index], series.values[index])
@@ -107,9 +108,9 @@ def thin_out(series: Series, most: int = _MAX_THIN_POINTS) -> Series:
 def loss_chart(key: str, rows: Sequence[Json], best: Json | None, loss_name: str) -> Chart | None:
     """Train and evaluation loss with the kept checkpoint ringed, wide and narrow. None if no loss was logged."""
     lines = (
-        Line("train/loss", "train, each logged step", 1, "thin"),
-        Line("eval_train/loss", "train, fixed sample", 3, "dashed"),
-        Line("eval/loss", "held-out, fixed sample", 2, "solid"),
+        Line("train/loss", "train", 1, "thin"),
+        Line("eval_train/loss", "train sample", 3, "dashed"),
+        Line("eval/loss", "held-out sample", 2, "solid"),
     )
     return _curves(key, "Loss", rows, lines, best=best, axis=loss_name, also_wide=True)
 
@@ -119,8 +120,8 @@ def reward_charts(key: str, rows: Sequence[Json]) -> list[Chart]:
     chosen = (
         Line("rewards/chosen", "chosen, train", 1, "thin"),
         Line("rewards/rejected", "rejected, train", 4, "thin"),
-        Line("eval/rewards/chosen", "chosen, held-out", 1, "solid"),
-        Line("eval/rewards/rejected", "rejected, held-out", 4, "solid"),
+        Line("eval/rewards/chosen", "chosen, held-out", 1, "dashed"),
+        Line("eval/rewards/rejected", "rejected, held-out", 4, "dashed"),
     )
     margins = _train_and_eval("rewards/margins")
     accuracies = _train_and_eval("rewards/accuracies")
@@ -134,9 +135,9 @@ def reward_charts(key: str, rows: Sequence[Json]) -> list[Chart]:
 
 def _train_and_eval(metric: str) -> tuple[Line, ...]:
     return (
-        Line(metric, "train, each logged step", 1, "thin"),
-        Line(f"eval_train/{metric}", "train, fixed sample", 3, "dashed"),
-        Line(f"eval/{metric}", "held-out, fixed sample", 2, "solid"),
+        Line(metric, "train", 1, "thin"),
+        Line(f"eval_train/{metric}", "train sample", 3, "dashed"),
+        Line(f"eval/{metric}", "held-out", 2, "solid"),
     )
 
 
@@ -201,7 +202,7 @@ def _draw_line(axes: Axes, line: Line, series: Series, markers: bool) -> None:
         return
     window = window_for(len(series.steps))
     thin = thin_out(series)
-    faint = 0.35 if window > 1 else 1.0
+    faint = 0.42 if window > 1 else 1.0
     marker = "." if len(series.steps) == 1 else ""
     axes.plot(thin.steps, thin.values, color=colour, linewidth=0.8, alpha=faint, marker=marker)
     if window > 1:
@@ -211,13 +212,12 @@ def _draw_line(axes: Axes, line: Line, series: Series, markers: bool) -> None:
 
 def _mark_best(axes: Axes, best: Json) -> None:
     step, loss = best["step"], best["eval/loss"]
-    ring = {"marker": "o", "ms": 10, "mfc": "none", "mec": svg.INK, "mew": 1.2, "linestyle": "", "clip_on": False}
-    axes.plot([step], [loss], zorder=5, **ring)
+    axes.plot([step], [loss], "o", ms=10, mfc="none", mec=svg.INK, mew=1.2, clip_on=False, zorder=5)
     right = step > sum(axes.get_xlim()) / 2
     axes.annotate(
         f"best {fixed(loss, 3)}",
         (step, loss),
-        xytext=(-4 if right else 4, 9),
+        xytext=(-4 if right else 4, 11),
         textcoords="offset points",
         ha="right" if right else "left",
         color=svg.INK,
@@ -233,7 +233,7 @@ def _finish(axes: Axes, label: str, *, zero: bool, fraction: bool, found: Sequen
     axes.margins(x=0.02)
     axes.set_xlabel("optimizer step")
     if label:
-        axes.set_title(label, loc="left", fontsize=9, color=svg.MUTED, pad=4)
+        axes.set_title(label, loc="left", fontsize=10.5, color=svg.MUTED, pad=4)
     low, high = axes.get_ylim()
     if fraction:
         axes.set_ylim(min(0.4, low), max(1.0, min(high, 1.02)))
@@ -248,24 +248,18 @@ def interval_chart(key: str, metric: str, arms: Sequence[Json], confidence: floa
     found = [(arm["name"], arm["metrics"][metric]) for arm in arms if metric in arm["metrics"]]
     if not found:
         return None
-    texts = [label.value(interval["value"], label.decimals(interval)) for _, interval in found]
-    scale = 100.0 if label.is_fraction else 1.0
+    digits = max(label.decimals(interval) for _, interval in found)
+    texts = [[label.value(interval[end], digits) for end in ("value", "low", "high")] for _, interval in found]
+    about = ". ".join(
+        f"{name}: {value}, {confidence:.0%} interval {low} to {high}"
+        for (name, _), (value, low, high) in zip(found, texts, strict=True)
+    )
     with svg.style():
-        figure = svg.new_figure(NARROW[0], 44 + 34 * len(found))
+        figure = svg.new_figure(NARROW[0], 46 + 38 * len(found))
         axes = figure.subplots()
-        for row, ((_, interval), text) in enumerate(zip(found, texts, strict=True)):
-            low, value, high = (scale * interval[end] for end in ("low", "value", "high"))
-            last = row == len(found) - 1
-            colour = svg.SERIES[1] if last else svg.SERIES[0]
-            axes.plot([low, high], [row, row], color=colour, linewidth=2.2)
-            axes.plot([value], [row], color=colour, marker="o", ms=6)
-            axes.annotate(
-                text, (value, row), xytext=(0, 7), textcoords="offset points", ha="center", color=svg.INK
-            )
-        axes.set_yticks(range(len(found)))
-        for tick, (name, _) in zip(axes.get_yticklabels(), found, strict=True):
-            tick.update({"text": name, "parse_math": False, "color": svg.INK})
-        axes.set_yticklabels([name for name, _ in found], parse_math=False, color=svg.INK)
+        for row, ((_, interval), (text, _, _)) in enumerate(zip(found, texts, strict=True)):
+            _draw_interval(axes, row, interval, text, 100.0 if label.is_fraction else 1.0, row == len(found) - 1)
+        axes.set_yticks(range(len(found)), [name for name, _ in found], parse_math=False, color=svg.INK)
         axes.set_ylim(len(found) - 0.5, -0.75)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.grid(axis="y", visible=False)
@@ -273,13 +267,17 @@ def interval_chart(key: str, metric: str, arms: Sequence[Json], confidence: floa
         axes.margins(x=0.12)
         if label.is_fraction:
             axes.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}%")
-        about = ". ".join(
-            f"{name}: {text}, {confidence:.0%} interval {label.value(i['low'], label.decimals(i))} to "
-            f"{label.value(i['high'], label.decimals(i))}"
-            for (name, i), text in zip(found, texts, strict=True)
-        )
         drawing = svg.render(figure, key, label.title, about)
     return Chart(label.title, drawing, note=label.unit[:1].upper() + label.unit[1:])
+
+
+def _draw_interval(axes: Axes, row: int, interval: Json, text: str, scale: float, is_last: bool) -> None:
+    """The last arm is the run's own and wears the held-out colour."""
+    colour = svg.SERIES[1] if is_last else svg.SERIES[0]
+    low, value, high = (scale * interval[end] for end in ("low", "value", "high"))
+    axes.plot([low, high], [row, row], color=colour, linewidth=2.2)
+    axes.plot([value], [row], color=colour, marker="o", ms=6)
+    axes.annotate(text, (value, row), xytext=(0, 7), textcoords="offset points", ha="center", color=svg.INK)
 
 
 def _is_finite(value: object) -> bool:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
+NBSP = "\N{NO-BREAK SPACE}"
+"""Between a number and its unit, so that no line breaks there."""
+
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -41,7 +44,7 @@ def short_count(value: float) -> str:
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             scaled = value / (1e3 if unit == "k" else limit)
-            return f"{scaled:.3g} {unit}" if scaled < 1000 else f"{scaled:,.0f} {unit}"
+            return f"{scaled:.3g}{NBSP}{unit}" if scaled < 1000 else f"{scaled:,.0f}{NBSP}{unit}"
     return count(value)
 
 
@@ -50,26 +53,26 @@ def scientific(value: float, digits: int = 2) -> str:
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
-    return f"{mantissa.replace('-', MINUS)} × 10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+    return f"{mantissa.replace('-', MINUS)}{NBSP}×{NBSP}10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
 
 
 def duration(seconds: float) -> str:
     """0.42 s, 12 s, 3 min 5 s, 2 h 14 min."""
     if seconds < 9.95:
-        return f"{seconds:.2g} s" if seconds else "0 s"
+        return f"{seconds:.2g}{NBSP}s" if seconds else f"0{NBSP}s"
     whole = round(seconds)
     if whole < 60:
-        return f"{whole} s"
+        return f"{whole}{NBSP}s"
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
+        return f"{whole // 60}{NBSP}min {whole % 60}{NBSP}s"
     minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 60}{NBSP}h {minutes % 60}{NBSP}min"
 
 
 def memory(num_bytes: float) -> str:
     """Binary units: 3.4 GiB, 512 MiB."""
     gib = num_bytes / 2**30
-    return f"{gib:.1f} GiB" if gib >= 1 else f"{num_bytes / 2**20:.0f} MiB"
+    return f"{gib:.1f}{NBSP}GiB" if gib >= 1 else f"{num_bytes / 2**20:.0f}{NBSP}MiB"
 
 
 def percent(fraction: float, decimals: int = 1) -> str:
@@ -99,7 +102,7 @@ def plain(value: Any) -> str:
 def humanise(key: str) -> str:
     """`prompt_cut` → `Prompt cut`."""
     words = key.replace("_", " ").replace("/", " ").strip()
-    return words[:1].upper() + words[1:]
+    return words.upper() if words in ("cpu", "gpu") else words[:1].upper() + words[1:]
 
 
 def join_words(words: Sequence[str]) -> str:

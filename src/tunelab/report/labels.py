@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunelab.report import formatting
+from tunelab.report.formatting import humanise
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class Label:
     @property
     def title(self) -> str:
         return self.name[:1].upper() + self.name[1:]
+
+    @property
+    def short(self) -> str:
+        """The title where space is scarce."""
+        return self.title if self.better == "lower" else humanise(self.name.removeprefix("held-out "))
 
     def decimals(self, interval: Mapping[str, Any]) -> int:
         """Decimals in which `interval` (value, low, high) is worth writing; percentages get one."""

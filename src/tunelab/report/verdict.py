@@ -133,8 +133,8 @@ def differences_between(evaluation: Json, start: str, end: str) -> dict[str, Jso
 
 
 def _describe(metric: str, before: Json, after: Json, difference: Json, confidence: float) -> str:
-    values = (arm["metrics"][metric]["value"] for arm in (before, after))
-    return describe_difference(metric, *values, difference, confidence)
+    first, second = (arm["metrics"][metric]["value"] for arm in (before, after))
+    return describe_difference(metric, first, second, difference, confidence)
 
 
 def _single_arm_sentence(arm: Json, confidence: float) -> str:
@@ -152,7 +152,8 @@ def _single_arm_sentence(arm: Json, confidence: float) -> str:
 def _training_sentence(record: Json, eval_rows: Sequence[Json]) -> str:
     """What the evaluations inside training saw: point values on a fixed sample, no interval, so no claim."""
     points = [(row["step"], row["eval/loss"]) for row in eval_rows if math.isfinite(row.get("eval/loss", math.nan))]
-    hint = f"`tunelab evaluate {record.get('name', 'RUN')}` measures it with intervals"
+    data = "" if (record.get("data") or {}).get("eval") else " --data FILE"
+    hint = f"`tunelab evaluate {record.get('name', 'RUN')}{data}` measures it with intervals"
     if not points:
         return f"no held-out evaluation was made, so nothing is shown; {hint}"
     (first_step, first), (last_step, last) = points[0], points[-1]

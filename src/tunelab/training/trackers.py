@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,8 +38,6 @@ class WandbTracker:
     """Weights & Biases, offline unless WANDB_MODE says otherwise; files go into the run folder."""
 
     def __init__(self, wandb: Any, project: str, run: Path, config: Mapping[str, Any]) -> None:
-        import os
-
         mode = os.environ.get("WANDB_MODE", "offline")
         self._run = wandb.init(
             project=project, name=run.name, id=run.name, resume="allow", dir=str(run), config=dict(config), mode=mode
@@ -80,10 +79,12 @@ class TrackioTracker:
 
 
 class MlflowTracker:
-    """MLflow; a local ./mlruns unless MLFLOW_TRACKING_URI is set."""
+    """MLflow; a SQLite file beside the run folders unless MLFLOW_TRACKING_URI says otherwise."""
 
     def __init__(self, mlflow: Any, project: str, run: Path, config: Mapping[str, Any]) -> None:
         self._mlflow = mlflow
+        if "MLFLOW_TRACKING_URI" not in os.environ:  # MLflow's own default, a folder of files, is in maintenance mode
+            mlflow.set_tracking_uri(f"sqlite:///{run.parent.resolve() / 'mlflow.db'}")
         mlflow.set_experiment(project)
         mlflow.start_run(run_name=run.name)
         mlflow.log_dict(dict(config), "config.json")
