@@ -101,7 +101,7 @@ def describe(session: ChatSession) -> str:
     """One line on who is talking."""
     loaded = session.loaded
     name = Path(loaded.source).name if Path(loaded.source).exists() else loaded.source
-    return f"{name}: {loaded.num_parameters / 1e6:.0f} M parameters on {loaded.device.type}, turns as {session.render}"
+    return f"{name}: {loaded.num_parameters / 1e6:.3g} M parameters on {loaded.device.type}, turns as {session.render}"
 
 
 def talk(session: ChatSession, read: Callable[[], str | None], write: Write) -> None:

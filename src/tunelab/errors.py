@@ -48,7 +48,7 @@ class DivergedError(TunelabError):
     exit_code = EXIT_DIVERGED
 
 
-class Interrupted(TunelabError):
+class Interrupted(TunelabError):  # noqa: N818  (an ending, not a mistake)
     """The run was stopped by a signal after saving; it can be resumed.
 
     `exit_code` is 130 for Ctrl-C (SIGINT) and 75 for SIGTERM (a scheduler's preemption).

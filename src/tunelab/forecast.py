@@ -11,7 +11,7 @@ from tunelab.optim import build_schedule
 from tunelab.parallel import resolve_device, resolve_precision
 from tunelab.progress import Progress
 from tunelab.session import build_micro_batch
-from tunelab.train import build_loader, check_context, check_machine, load_data
+from tunelab.train import build_loader, check_machine, load_data
 
 
 def forecast(recipe: Recipe, progress: Progress) -> dict[str, Any]:

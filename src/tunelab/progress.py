@@ -219,7 +219,7 @@ class TerminalProgress:
         self._meters: dict[str, tuple[Meter, TaskID]] = {}
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(text, markup=False)
 
     def start(self, task: str, total: int, done: int = 0) -> None:
         if not self._meters:

@@ -1,4 +1,4 @@
-"""`tunelab quickstart`: a real model, fine-tuned twice on real text, measured before and after, in minutes on two cores.
+"""`tunelab quickstart`: a real model, fine-tuned twice on real text, measured before and after, in minutes on a laptop.
 
 Two ordinary recipes and one ordinary evaluation: nothing here that a user could not write as YAML.
 """

@@ -66,7 +66,7 @@ def train(
     return run
 
 
-# --- config → data -----------------------------------------------------------------------------------------------------
+# --- config → data --------------------------------------------------------------------------------------------------
 
 
 def load_data(recipe: Recipe, tokenizer: Any, progress: Progress) -> TrainingData:
@@ -110,7 +110,7 @@ def build_loader(recipe: Recipe, num_records: int) -> Loader:
     )
 
 
-# --- model → objective → optimizer -------------------------------------------------------------------------------------
+# --- model → objective → optimizer ----------------------------------------------------------------------------------
 
 
 def _prepare(
@@ -148,13 +148,16 @@ def _prepare(
     scaler = torch.amp.GradScaler(loaded.device.type) if loaded.precision.needs_scaler else None
     state = TrainState(loaded, optimizer, scaler)
     fingerprints = _fingerprints(run, recipe, data, loaded, threads)
+    drift: list[str] = []
     if checkpoint is not None:
-        _check_drift(read_numbers(checkpoint)["fingerprints"], fingerprints, allow_drift, progress)
+        drift = _check_drift(read_numbers(checkpoint)["fingerprints"], fingerprints, allow_drift, progress)
         restore_checkpoint(checkpoint, state)
         run.rewind(state.step)
         progress.note(f"resuming after step {state.step}")
 
-    resumes = [*run.record().get("resumes", []), {"time": now(), "step": state.step}] if resuming else []
+    resumes = list(run.record().get("resumes", []))
+    if resuming:
+        resumes.append({"time": now(), "step": state.step, "drift": drift})
     run.update(status="running", error=None, resumes=resumes, data=data.record(), model=_describe(loaded))
     prompts_from = data.eval or data.train
     return Session(
@@ -190,16 +193,25 @@ def _reference_and_model(
     reference: dict[str, np.ndarray] = {}
     loaded: LoadedModel | None = None
     if objective.needs_reference and isinstance(recipe.method, DPOConfig):
-        source = start.model_copy(update={"name": recipe.method.reference}) if recipe.method.reference else start
-        loaded = _load(source, progress)
+        loaded = _load(start.at(recipe.method.reference) if recipe.method.reference else start, progress)
+        if recipe.method.reference is not None:
+            _check_same_tokens(recipe, loaded)
         names = ["train", "eval"] if data.eval is not None else ["train"]
         datasets = [data.train] if data.eval is None else [data.train, data.eval]
         reference = dict(zip(names, reference_logprobs(loaded, datasets, progress, stop), strict=True))
         if recipe.method.reference is not None or checkpoint is not None:
             loaded = None
     if loaded is None:
-        loaded = _load(start if checkpoint is None else start.model_copy(update={"name": str(checkpoint)}), progress)
+        loaded = _load(start if checkpoint is None else start.at(str(checkpoint)), progress)
     return reference, loaded
+
+
+def _check_same_tokens(recipe: Recipe, reference: LoadedModel) -> None:
+    if load_tokenizer(recipe.model).get_vocab() != reference.tokenizer.get_vocab():
+        raise ConfigError(
+            f"method.reference: {reference.source} and {recipe.model.name} have different tokenizers, so their "
+            "log-probabilities cannot be compared; use a reference with the model's own tokenizer"
+        )
 
 
 def _load(config: ModelConfig, progress: Progress) -> LoadedModel:
@@ -252,20 +264,20 @@ def _fingerprints(
     }
 
 
-def _check_drift(before: dict[str, Any], current: dict[str, Any], allow: bool, progress: Progress) -> None:
+def _check_drift(before: dict[str, Any], current: dict[str, Any], allow: bool, progress: Progress) -> list[str]:
+    """What changed since the checkpoint, as sentences for the record. Raises ConfigError unless it is allowed."""
     changed = [f"{key} ({before.get(key)} → {current.get(key)})" for key in current if before.get(key) != current[key]]
-    if not changed:
-        return
-    text = ", ".join(changed)
-    if not allow:
+    if changed and not allow:
         raise ConfigError(
-            f"--resume: changed since the checkpoint: {text}; the result would not be the unbroken run's. "
-            "Restore it, or accept with --allow-drift"
+            f"--resume: changed since the checkpoint: {', '.join(changed)}; the result would not be the unbroken "
+            "run's. Restore it, or accept with --allow-drift"
         )
-    progress.note(f"drift accepted: {text}")
+    if changed:
+        progress.note(f"drift accepted: {', '.join(changed)}")
+    return changed
 
 
-# --- the run record -----------------------------------------------------------------------------------------------------
+# --- the run record -------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -136,6 +136,13 @@ def test_a_folder_is_read_by_split_in_order(tmp_path: Path) -> None:
     assert load_records(source).records[0].origin.source == str(tmp_path / "train-0.jsonl")
 
 
+def test_a_limit_holds_over_the_files_of_a_folder(tmp_path: Path) -> None:
+    source = folder(tmp_path, "train-0.jsonl", "train-1.jsonl", "train-2.jsonl")
+    (tmp_path / "train-2.jsonl").write_text("never read")
+    assert texts(source, limit=1) == ["train-0.jsonl"]
+    assert texts(source, limit=2) == ["train-0.jsonl", "train-1.jsonl"]
+
+
 def test_the_split_may_stand_inside_the_name(tmp_path: Path) -> None:
     source = folder(tmp_path, "pets.train.jsonl", "pets_test.jsonl", "notes.jsonl")
     assert texts(source) == ["pets.train.jsonl"]

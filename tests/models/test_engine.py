@@ -31,23 +31,35 @@ VOCAB = 97
 
 def build(kind: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    llama = dict(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, attn_implementation="sdpa",
-    )  # fmt: skip
-    gpt2 = dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0,
-                attn_pdrop=0.0, attn_implementation="sdpa")  # fmt: skip
+    llama = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "attn_implementation": "sdpa",
+    }
+    grouped = llama | {"num_key_value_heads": 2}
+    gpt2 = {
+        "vocab_size": VOCAB,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "attn_implementation": "sdpa",
+    }
     models = {
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**gpt2)),
         "gpt2-by-layer": lambda: GPT2LMHeadModel(GPT2Config(**gpt2, scale_attn_by_inverse_layer_idx=True)),
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**llama)),
-        "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**llama, tie_word_embeddings=True)),
-        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**llama)),
-        "neox": lambda: GPTNeoXForCausalLM(
-            GPTNeoXConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                          num_attention_heads=4, max_position_embeddings=64, attn_implementation="sdpa")
-        ),
-    }  # fmt: skip
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**grouped)),
+        "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**grouped, tie_word_embeddings=True)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**grouped)),
+        "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**llama)),
+    }
     model = models[kind]()
     # Initial weights are near zero, which would hide mistakes in attention: make every part matter.
     with torch.no_grad():

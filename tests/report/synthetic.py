@@ -183,7 +183,7 @@ def write_evaluation(run: RunFolder, arms: tuple[str, ...] = ("base", "sft", "dp
         "arms": rows,
         "differences": differences,
         "generations": [
-            {"prompt": prompt, "reference": "Let the soil dry first.", "answers": {a: ANSWERS[a] for a in arms}}
+            {"prompt": prompt, "reference": "Let the soil dry first.", "answers": {a: ANSWERS.get(a, "") for a in arms}}
             for prompt in PROMPTS
         ],
     }

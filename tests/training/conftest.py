@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tunelab.models.tiny import build_tiny_tokenizer
 from tunelab.models.engine import choose_layout
 from tunelab.models.loaded import LoadedModel
+from tunelab.models.tiny import build_tiny_tokenizer
 from tunelab.parallel import resolve_precision
 
 

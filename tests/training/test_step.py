@@ -54,7 +54,7 @@ def test_a_non_finite_loss_stops_before_any_weight_changes(value: float) -> None
     with torch.no_grad():
         state.loaded.model.transformer.wpe.weight[3, 0] = value
     before = weights(state)
-    with pytest.raises(DivergedError, match=r"step 1: the loss is not finite .*Lower optimizer.learning_rate") as caught:
+    with pytest.raises(DivergedError, match=r"step 1: the loss is not finite .*Lower optimizer") as caught:
         train_step(state, build_objective(SFTConfig()), batches, learning_rate=0.5, max_grad_norm=1.0)
     assert caught.value.exit_code == EXIT_DIVERGED == 5
     assert torch.equal(weights(state).nan_to_num(7.0), before.nan_to_num(7.0))

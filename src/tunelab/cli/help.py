@@ -49,9 +49,10 @@ class Group(TyperGroup):
 
 
 class RunsGroup(Group):
-    """`tunelab runs --json` is `tunelab runs list --json`."""
+    """`tunelab runs --json` is `tunelab runs list --json`; a first word that is a condition is a filter."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+        first = args[0] if args else "-"
+        if (first.startswith("-") and first not in ctx.help_option_names) or any(sign in first for sign in "=<>"):
             args = ["list", *args]
         return super().parse_args(ctx, args)

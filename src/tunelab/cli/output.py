@@ -13,9 +13,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from tunelab.cli.table import format_table
+
 SCHEMA_VERSION = 1
-MIN_COLUMN = 6
-"""A column is not shrunk below this to fit a terminal: fewer characters say nothing."""
 
 
 def print_json(payload: Mapping[str, Any]) -> None:
@@ -38,12 +38,22 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
         print_line(f"{paint(name.ljust(width), '2')}  {value}")
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table under its header, numbers to the right, no wider than the terminal (as wide as it is, when piped)."""
-    header, *body = format_table(columns, rows, terminal_width())
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], droppable: Sequence[str] = ()) -> None:
+    """A table under its header, no wider than the terminal (as wide as it is, when piped); see `format_table`."""
+    header, *body = format_table(columns, rows, terminal_width(), droppable)
     print_line(paint(header, "1"))
     for line in body:
         print_line(line)
+
+
+def format_interval(metric: Mapping[str, float], signed: bool = False) -> str:
+    """`6.49 [6.46, 6.51]`: the value and its interval, to the digits the interval's width supports."""
+    from tunelab.report import formatting
+
+    decimals = formatting.decimals_for(metric["low"], metric["high"])
+    form = formatting.signed if signed else formatting.fixed
+    value, low, high = (form(metric[key], decimals) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def terminal_width() -> int | None:
@@ -61,34 +71,6 @@ def has_colour(stream: TextIO) -> bool:
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
-
-
-def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> list[str]:
-    """Lines of a table, the header first. Where `width` is exceeded, the widest columns are cut with an ellipsis."""
-    from rich.cells import cell_len
-
-    table = [[" ".join(str(cell).split()) for cell in row] for row in (columns, *rows)]
-    widths = [max(cell_len(row[i]) for row in table) for i in range(len(columns))]
-    gaps = 2 * (len(columns) - 1)
-    while width is not None and sum(widths) + gaps > width and max(widths) > MIN_COLUMN:
-        widths[widths.index(max(widths))] -= 1
-    right = [all(_is_number(row[i]) for row in table[1:] if row[i]) and len(table) > 1 for i in range(len(columns))]
-    return [
-        "  ".join(_fit(cell, w, r) for cell, w, r in zip(row, widths, right, strict=True)).rstrip() for row in table
-    ]
-
-
-def _fit(cell: str, width: int, right: bool) -> str:
-    from rich.cells import cell_len, set_cell_size
-
-    if cell_len(cell) > width:
-        return set_cell_size(cell, width - 1) + "…"
-    padding = " " * (width - cell_len(cell))
-    return padding + cell if right else cell + padding
-
-
-def _is_number(cell: str) -> bool:
-    return cell[:1] in "+-−" + "0123456789" and any(c.isdigit() for c in cell) and cell.count(" ") < 3
 
 
 def _finite(value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, ClassVar, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -43,6 +43,10 @@ class ModelConfig(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     layout: Literal["auto", "packed", "padded"] = Field("auto", description="auto: packed where the model allows it")
     trust_remote_code: bool = False
+
+    def at(self, place: str) -> ModelConfig:
+        """The same choices for a model at another place; revision and tokenizer belong to the old one."""
+        return self.model_copy(update={"name": place, "revision": None, "tokenizer": None})
 
 
 class DataConfig(Section):
@@ -117,7 +121,7 @@ class DPOConfig(Section):
         return self
 
 
-MethodConfig = Annotated[Union[SFTConfig, DPOConfig], Field(discriminator="name")]
+MethodConfig = Annotated[SFTConfig | DPOConfig, Field(discriminator="name")]
 
 
 class _Warmup(Section):
@@ -160,7 +164,7 @@ class WSDSchedule(_Warmup):
 
 
 ScheduleConfig = Annotated[
-    Union[ConstantSchedule, LinearSchedule, CosineSchedule, InverseSqrtSchedule, WSDSchedule],
+    ConstantSchedule | LinearSchedule | CosineSchedule | InverseSqrtSchedule | WSDSchedule,
     Field(discriminator="lr_scheduler_type"),
 ]
 
@@ -203,7 +207,7 @@ class AdamWConfig(AdamConfig):
     name: Literal["adamw"] = "adamw"  # type: ignore[assignment]
 
 
-OptimizerConfig = Annotated[Union[SGDConfig, AdamConfig, AdamWConfig], Field(discriminator="name")]
+OptimizerConfig = Annotated[SGDConfig | AdamConfig | AdamWConfig, Field(discriminator="name")]
 
 
 class TrainingConfig(Section):

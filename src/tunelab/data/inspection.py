@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SCHEMA_VERSION = 1
-_BYTES_PER_CHARACTER = 4
-"""UTF-8's most: byte-level tokens that still do not make a character after so many never will."""
 
 Span = tuple[str, bool]
 
@@ -55,12 +53,22 @@ def _token_texts(ids: list[int], tokenizer: Tokenizer) -> list[tuple[int, int, s
     def decode(start: int, stop: int) -> str:
         return tokenizer.decode(ids[start:stop], clean_up_tokenization_spaces=False)
 
+    def is_border(before: int, stop: int) -> bool:
+        """Whether what stands before and behind `stop`, decoded apart, is what it is together.
+
+        Looked at up to the next place where a character is known to end: bytes decode to one only all together.
+        """
+        ends = range(stop + 1, len(ids) + 1)
+        end = next((end for end in ends if not decode(before, end).endswith("\ufffd")), len(ids))
+        head, tail = decode(before, stop), decode(stop, end)
+        return decode(before, end) in (head + tail, f"{head} {tail}")
+
     found: list[tuple[int, int, str]] = []
     before, start = 0, 0
     for stop in range(1, len(ids) + 1):
         text = decode(before, stop)[len(decode(before, start)) :]
-        whole = not text.endswith("\ufffd") or stop - start >= _BYTES_PER_CHARACTER or stop == len(ids)
-        if whole:
+        # U+FFFD is how half a character decodes. It may also stand in the data itself.
+        if not text.endswith("\ufffd") or stop == len(ids) or is_border(before, stop):
             found.append((start, stop, text))
             before, start = start, stop
     return found

@@ -1,8 +1,9 @@
 """`tunelab evaluate`: the base model and every stage of a run on the same held-out records, with intervals.
 
 Loss here is the cross-entropy of the held-out answers (`eval/nll`, nats per token; perplexity is its exponential),
-whatever the stage was trained on, so that all arms can be compared. On preference data it is that of the chosen answers,
-and a preference is a pair whose chosen answer has the higher log-probability *per token* (the sum would favour short ones).
+whatever the stage was trained on, so that all arms can be compared. On preference data it is that of the chosen
+answers, and a pair is preferred rightly if its chosen answer has the higher log-probability *per token* (the sum would
+favour short answers).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,7 +78,7 @@ def arms_of(run: RunFolder) -> list[Arm]:
         method = stage.recipe().method.name
         taken = sum(arm.name.split("-")[0] == method for arm in arms)
         name = method if not taken else f"{method}-{taken + 1}"
-        arms.append(Arm(name, stage.recipe().model.model_copy(update={"name": str(stage.path)})))
+        arms.append(Arm(name, stage.recipe().model.at(str(stage.path))))
     return arms
 
 
@@ -88,7 +90,7 @@ def compare_arms(
     settings: GenerationSettings,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Scores, intervals, paired differences and answers of every arm on the same records. One model at a time in memory."""
+    """Scores, intervals, paired differences and answers of every arm on the same records, one model in memory at a time."""
     scores: dict[str, RecordScores] = {}
     answers: list[dict[str, str]] = [{} for _ in prompts]
     for arm in arms:
@@ -107,7 +109,7 @@ def compare_arms(
             slot[arm.name] = answer.text
         progress.finish(task)
         del loaded
-    pairs = [(a.name, b.name) for a, b in zip(arms, arms[1:], strict=False)]
+    pairs = [(a.name, b.name) for a, b in pairwise(arms)]
     if len(arms) > 2:
         pairs.append((arms[0].name, arms[-1].name))
     return {
@@ -116,7 +118,8 @@ def compare_arms(
         "arms": [{"name": a.name, "model": a.model.name, "metrics": _metrics(scores[a.name])} for a in arms],
         "differences": [d for first, second in pairs for d in _differences(first, second, scores)],
         "generations": [
-            {"prompt": p.text, "reference": p.reference, "answers": slot} for p, slot in zip(prompts, answers, strict=True)
+            {"prompt": prompt.text, "reference": prompt.reference, "answers": slot}
+            for prompt, slot in zip(prompts, answers, strict=True)
         ],
     }
 

@@ -259,7 +259,7 @@ def interval_chart(key: str, metric: str, arms: Sequence[Json], confidence: floa
         axes = figure.subplots()
         for row, ((_, interval), (text, _, _)) in enumerate(zip(found, texts, strict=True)):
             _draw_interval(axes, row, interval, text, 100.0 if label.is_fraction else 1.0, row == len(found) - 1)
-        axes.set_yticks(range(len(found)), [name for name, _ in found], parse_math=False, color=svg.INK)
+        axes.set_yticks(range(len(found)), [_short(name) for name, _ in found], parse_math=False, color=svg.INK)
         axes.set_ylim(len(found) - 0.5, -0.75)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.grid(axis="y", visible=False)
@@ -278,6 +278,11 @@ def _draw_interval(axes: Axes, row: int, interval: Json, text: str, scale: float
     axes.plot([low, high], [row, row], color=colour, linewidth=2.2)
     axes.plot([value], [row], color=colour, marker="o", ms=6)
     axes.annotate(text, (value, row), xytext=(0, 7), textcoords="offset points", ha="center", color=svg.INK)
+
+
+def _short(name: str, most: int = 20) -> str:
+    """A tick label must leave room for the drawing; tables and the text alternative have the whole name."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _is_finite(value: object) -> bool:

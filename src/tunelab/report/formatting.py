@@ -41,10 +41,9 @@ def count(value: float) -> str:
 
 def short_count(value: float) -> str:
     """Three significant figures with a unit: 845, 12.3 k, 1.04 M, 3.2 B."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            scaled = value / (1e3 if unit == "k" else limit)
-            return f"{scaled:.3g}{NBSP}{unit}" if scaled < 1000 else f"{scaled:,.0f}{NBSP}{unit}"
+    for least, scale, unit in ((999.5e9, 1e12, "T"), (999.5e6, 1e9, "B"), (999.5e3, 1e6, "M"), (9999.5, 1e3, "k")):
+        if abs(value) >= least:
+            return f"{value / scale:.3g}{NBSP}{unit}"
     return count(value)
 
 

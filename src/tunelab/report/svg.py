@@ -76,7 +76,7 @@ def render(figure: Figure, key: str, title: str, description: str) -> Markup:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    text = _own_ids(text, key)
+    text = _own_ids(text.replace("xlink:href", "href"), key)
     text = re.sub(r" font-family: [^;\"]*;?", "", text)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)  # matplotlib < 3.10
     for colour, variable in _VARIABLES.items():

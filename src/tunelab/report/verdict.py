@@ -117,12 +117,13 @@ def _evaluation_sentences(evaluation: Json, methods: Sequence[str]) -> tuple[lis
 
 def _side_effects(metric: str, before: Json, after: Json, differences: Json, confidence: float) -> list[str]:
     """What became worse while the judging metric moved: told, so that a gain is never shown without its price."""
-    if metric in _LOSS:
-        differences = {name: row for name, row in differences.items() if name != "eval/perplexity"}  # exp(loss)
+    told = {metric}
+    if any(name in differences for name in _LOSS):
+        told.add("eval/perplexity")  # exp(loss)
     return [
         "at the same time " + _describe(name, before, after, difference, confidence)
         for name, difference in differences.items()
-        if name != metric and tone_of(name, difference) == "worse"
+        if name not in told and tone_of(name, difference) == "worse"
     ]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunelab.cli.options import Json, Quiet, Run, RunsDir
-from tunelab.cli.output import paint, print_json, print_line, print_pairs, print_table
+from tunelab.cli.output import format_interval, paint, print_json, print_line, print_pairs, print_table
 from tunelab.progress import choose_progress, format_bytes
 
 if TYPE_CHECKING:
@@ -55,11 +55,12 @@ def _print_evaluation(found: dict[str, Any]) -> None:
     print_line(f"{found['num_records']:,} records of {found['data']}, {found['confidence']:.0%} intervals")
     print_line()
     names = list(arms[0]["metrics"])
-    rows = [[name, *(_interval(arm["metrics"][name]) for arm in arms)] for name in names]
+    rows = [[name, *(format_interval(arm["metrics"][name]) for arm in arms)] for name in names]
     print_table(["", *(arm["name"] for arm in arms)], rows)
     print_line()
     changes = [
-        [row["metric"], f"{row['from']} → {row['to']}", _interval(row, signed=True)] for row in found["differences"]
+        [change["metric"], f"{change['from']} → {change['to']}", format_interval(change, signed=True)]
+        for change in found["differences"]
     ]
     print_table(["change", "", "paired by record"], changes)
     for sample in found["generations"]:
@@ -69,15 +70,13 @@ def _print_evaluation(found: dict[str, Any]) -> None:
             print_line(f"{paint(f'[{name}]', '1')} {answer.strip()}")
 
 
-def _interval(metric: dict[str, Any], signed: bool = False) -> str:
-    form = "+.3f" if signed else ".3f"
-    return f"{metric['value']:{form}} [{metric['low']:{form}}, {metric['high']:{form}}]"
-
-
 def chat(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run, or a model's name.", show_default=False)],
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among tokens of this much probability.")] = 0.9,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Sample among tokens of this much probability.", show_default="0.9"),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="The same seed and words give the same session.")] = 0,
     system: Annotated[str | None, typer.Option(help="A system message.", show_default=False)] = None,
@@ -101,7 +100,7 @@ def chat(
         system=system,
         device=device,
         temperature=temperature,
-        top_p=top_p,
+        top_p=top_p if top_p is not None else 1.0 if temperature == 0 else 0.9,
         max_new_tokens=max_new_tokens,
         seed=seed,
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunelab.cli.commands.runs import MAIN_METRICS
 from tunelab.cli.options import Json, Overrides, Quiet, Recipe, RunsDir, words
 from tunelab.cli.output import print_json, print_line, print_pairs, print_table
 from tunelab.errors import ConfigError
@@ -171,7 +172,7 @@ def _print_forecast(forecast: Mapping[str, Any]) -> None:
 def _print_result(run: RunFolder, report: str) -> None:
     record = run.record()
     cost, best = record["cost"], record["best"]
-    result = {name: value for name, value in record["result"].items() if name.startswith(("eval/", "rewards/"))}
+    result = {name: record["result"][name] for name in MAIN_METRICS if name in record["result"]}
     print_pairs(
         {
             "run": str(run.path),
