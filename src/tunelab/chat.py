@@ -24,9 +24,6 @@ Write = Callable[[str], None]
 COMMANDS = {"/reset": "forget what was said", "/help": "this list", "/quit": "leave (also Ctrl-D)"}
 _COMMAND = re.compile(r"/[a-z]*")
 
-TRANSCRIPT_STOP = ("\n\nHuman:",)
-"""Where an answer ends in a transcript: the model would go on to write the other side too."""
-
 
 @dataclass
 class ChatSession:
@@ -68,6 +65,7 @@ def open_session(name: str, runs_dir: str, *, system: str | None, device: str, *
     if `name` is neither, or a sampling value is out of range.
     """
     from tunelab.config import parse_recipe
+    from tunelab.data import stop_strings
     from tunelab.models.generation import GenerationSettings
     from tunelab.models.loading import load_model
     from tunelab.runs import RunFolder
@@ -87,8 +85,7 @@ def open_session(name: str, runs_dir: str, *, system: str | None, device: str, *
         raise ConfigError(f"{name}: was trained on running text, which has no system message; leave --system out")
     loaded = load_model(config)
     render = _resolve(render, loaded)
-    stop = TRANSCRIPT_STOP if render == "transcript" else ()
-    return ChatSession(loaded, render, GenerationSettings(stop=stop, **sampling), system)
+    return ChatSession(loaded, render, GenerationSettings(stop=stop_strings(render), **sampling), system)
 
 
 def _resolve(render: RenderName, loaded: LoadedModel) -> RenderName:

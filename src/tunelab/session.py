@@ -16,7 +16,7 @@ import torch
 
 from tunelab import cost
 from tunelab.config import Recipe
-from tunelab.data import Dataset, GenerationPrompt, Loader, fixed_sample, pack
+from tunelab.data import Dataset, GenerationPrompt, Loader, fixed_sample, pack, stop_strings
 from tunelab.evaluation.heldout import evaluate_objective
 from tunelab.models.generation import GenerationSettings, generate
 from tunelab.objectives import Objective
@@ -30,7 +30,7 @@ from tunelab.training.signals import StopSignal
 from tunelab.training.state import TrainState
 from tunelab.training.step import MicroBatch, train_step
 from tunelab.training.trackers import Tracker
-from tunelab.types import Metrics
+from tunelab.types import Example, Metrics
 
 EVALUATIONS_PER_RUN = 5
 """Default of `evaluation.eval_steps`: this many a run, beside the one before the first step."""
@@ -43,8 +43,26 @@ class TrainingData:
     train: Dataset
     eval: Dataset | None
 
+    @property
+    def overlap(self) -> int:
+        """Eval records that are trained on as well, token for token: what they measure is memory."""
+        if self.eval is None:
+            return 0
+        trained = {_identity(example) for example in self.train.examples}
+        return sum(_identity(example) in trained for example in self.eval.examples)
+
     def record(self) -> dict[str, Any]:
-        return {"train": self.train.summary.to_json(), "eval": self.eval.summary.to_json() if self.eval else None}
+        """`data` of run.json."""
+        return {
+            "train": self.train.summary.to_json(),
+            "eval": self.eval.summary.to_json() if self.eval else None,
+            "eval_records_also_trained_on": self.overlap,
+        }
+
+
+def _identity(example: Example) -> bytes:
+    """Prompt and first completion, as bytes."""
+    return example.prompt_ids.tobytes() + b"|" + example.completions[0].ids.tobytes()
 
 
 @dataclass
@@ -203,7 +221,10 @@ def _answers(session: Session) -> list[str]:
     if not session.prompts:
         return []
     settings = GenerationSettings(
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=session.recipe.training.seed
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        stop=stop_strings(session.data.train.summary.session_render),
+        seed=session.recipe.training.seed,
     )
     return [answer.text for answer in generate(session.state.loaded, [p.ids for p in session.prompts], settings)]
 

@@ -17,7 +17,7 @@ import torch
 
 from tunelab import cost
 from tunelab.config import DPOConfig, ModelConfig, Recipe
-from tunelab.data import Dataset, Loader, generation_prompts, load_records, prepare
+from tunelab.data import Dataset, GenerationPrompt, Loader, generation_prompts, load_records, prepare
 from tunelab.errors import ConfigError, DivergedError, Interrupted
 from tunelab.models.checkpointing import enable_checkpointing
 from tunelab.models.engine import choose_layout
@@ -88,7 +88,10 @@ def load_data(recipe: Recipe, tokenizer: Any, progress: Progress) -> TrainingDat
             max_length=config.max_length,
         )
         progress.note(f"{name}: {found[name].summary.sentence()}")
-    return TrainingData(found["train"], found.get("eval"))
+    data = TrainingData(found["train"], found.get("eval"))
+    if data.overlap:
+        progress.note(f"warning: {data.overlap} of {len(data.eval or ())} eval records are in the training data too")
+    return data
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -159,7 +162,6 @@ def _prepare(
     if resuming:
         resumes.append({"time": now(), "step": state.step, "drift": drift})
     run.update(status="running", error=None, resumes=resumes, data=data.record(), model=_describe(loaded))
-    prompts_from = data.eval or data.train
     return Session(
         run=run,
         recipe=recipe,
@@ -168,9 +170,7 @@ def _prepare(
         objective=objective,
         loader=build_loader(recipe, len(data.train.examples)),
         reference=reference,
-        prompts=generation_prompts(
-            prompts_from, loaded.tokenizer, recipe.evaluation.generation_prompts, recipe.training.seed
-        ),
+        prompts=_generation_prompts(recipe, data, loaded),
         trackers=trackers,
         fingerprints=fingerprints,
         shape=cost.ModelShape.of(loaded.model),
@@ -206,6 +206,14 @@ def _reference_and_model(
     return reference, loaded
 
 
+def _generation_prompts(recipe: Recipe, data: TrainingData, loaded: LoadedModel) -> list[GenerationPrompt]:
+    config, context = recipe.evaluation, loaded.context_length
+    room = None if context is None else context - config.max_new_tokens
+    return generation_prompts(
+        data.eval or data.train, loaded.tokenizer, config.generation_prompts, recipe.training.seed, room
+    )
+
+
 def _check_same_tokens(recipe: Recipe, reference: LoadedModel) -> None:
     if load_tokenizer(recipe.model).get_vocab() != reference.tokenizer.get_vocab():
         raise ConfigError(
@@ -225,7 +233,7 @@ def _load(config: ModelConfig, progress: Progress) -> LoadedModel:
 
 
 def check_context(recipe: Recipe, loaded: LoadedModel) -> None:
-    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    context = loaded.context_length
     if context is not None and recipe.data.max_length > context:
         raise ConfigError(
             f"data.max_length: {recipe.data.max_length} is more than the {context} positions of {recipe.model.name}; "

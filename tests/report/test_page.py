@@ -177,7 +177,7 @@ def test_hostile_text_stays_text(tmp_path):
     ]
     evaluation["arms"][0]["metrics"][HOSTILE] = {"value": 1.0, "low": 0.9, "high": 1.1, "n": 200}
     (run.path / "evaluation.json").write_text(json.dumps(evaluation))
-    run.log_sample(14, HOSTILE, HOSTILE, HOSTILE)
+    run.log_sample(14, HOSTILE, HOSTILE + "\ud83d half an emoji", HOSTILE)
     summary = run.record()["data"]["train"] | {
         "source": HOSTILE,
         "dropped": {"count": 1, "origins": [HOSTILE]},
@@ -198,6 +198,7 @@ def test_hostile_text_stays_text(tmp_path):
     assert not {"script", "img"} & {tag for tag, _ in page.tags}
     assert page.text.count("<script>alert('x')</script>") >= 12
     assert "{{ 7*7 }}" in page.text
+    assert "? half an emoji" in page.text
 
 
 def test_a_run_that_only_began_has_a_page(tmp_path):
@@ -245,7 +246,7 @@ def test_notes_tell_what_to_know_first(tmp_path):
         "Stage 1 (sft): interrupted, not completed.",
         "Stage 2 (sft): interrupted and resumed after step 40 and 80.",
         "Stage 2 (sft): padded rows were used, the slower layout: no packed attention.",
-        "Stage 2 (sft): of the training records, 2 dropped; listed under Data.",
+        "Stage 2 (sft): training records: dropped 2; listed under Data.",
         "Only 8 records were evaluated: too few for any claim.",
         "Too few records to judge held-out loss",
     ):

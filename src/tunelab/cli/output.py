@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
@@ -28,6 +29,22 @@ def print_json(payload: Mapping[str, Any]) -> None:
 
 def print_line(text: str = "") -> None:
     sys.stdout.write(f"{text}\n")
+
+
+def print_wrapped(text: str) -> None:
+    """Text of several lines, broken between words to fit the terminal."""
+    for line in text.splitlines():
+        for part in wrap(line):
+            print_line(part)
+
+
+def wrap(line: str, indent: int = 0) -> list[str]:
+    """A line as the lines it takes on the terminal, those after the first indented; as it is when piped."""
+    width = terminal_width()
+    if width is None or len(line) <= width:
+        return [line]
+    broken = textwrap.wrap(line, width, subsequent_indent=" " * indent, break_on_hyphens=False, drop_whitespace=True)
+    return broken or [""]
 
 
 def print_pairs(pairs: Mapping[str, str]) -> None:
@@ -50,7 +67,8 @@ def format_interval(metric: Mapping[str, float], signed: bool = False) -> str:
     """`6.49 [6.46, 6.51]`: the value and its interval, to the digits the interval's width supports."""
     from tunelab.report import formatting
 
-    decimals = formatting.decimals_for(metric["low"], metric["high"])
+    least = 0 if abs(metric["value"]) >= 100 else 2
+    decimals = formatting.decimals_for(metric["low"], metric["high"], least)
     form = formatting.signed if signed else formatting.fixed
     value, low, high = (form(metric[key], decimals) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"

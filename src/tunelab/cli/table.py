@@ -28,9 +28,7 @@ def format_table(
     widths = _widths(table)
     while width is not None and _total(widths) > width and max(widths) > MIN_COLUMN:
         widths[widths.index(max(widths))] -= 1
-    right = [
-        len(table) > 1 and all(_is_number(cell) for cell in column[1:] if cell) for column in zip(*table, strict=True)
-    ]
+    right = [all(_is_number(cell) for cell in column[1:] if cell) for column in zip(*table, strict=True)]
     return [GAP.join(_fit(*cell) for cell in zip(row, widths, right, strict=True)).rstrip() for row in table]
 
 

@@ -12,7 +12,7 @@ from tunelab.data.inspection import inspection, render_inspection, render_sample
 from tunelab.data.loader import Loader, fixed_sample
 from tunelab.data.packing import pack
 from tunelab.data.problems import Problem
-from tunelab.data.prompts import GenerationPrompt, generation_prompts, render_prompt
+from tunelab.data.prompts import GenerationPrompt, generation_prompts, render_prompt, stop_strings
 from tunelab.data.records import RecordSet, load_records
 from tunelab.data.summary import DataSummary
 
@@ -32,4 +32,5 @@ __all__ = [
     "render_inspection",
     "render_prompt",
     "render_sample",
+    "stop_strings",
 ]

@@ -29,9 +29,14 @@ def _random_order(count: int, seed: int, stream: int) -> np.ndarray:
     return order
 
 
+def random_order(num_records: int, seed: int) -> np.ndarray:
+    """Every record index once, in an order that no epoch of training has: (num_records,) int64."""
+    return _random_order(num_records, seed, _SAMPLE_STREAM)
+
+
 def fixed_sample(num_records: int, count: int, seed: int) -> np.ndarray:
     """`count` different record indices, or all if there are fewer, ascending. A larger count contains a smaller one."""
-    return np.sort(_random_order(num_records, seed, _SAMPLE_STREAM)[:count])
+    return np.sort(random_order(num_records, seed)[:count])
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import numpy as np
 
 from tunelab.data.encoding import Tokenizer, beginning_of_sequence, encode_batch
 from tunelab.data.examples import Dataset
-from tunelab.data.loader import fixed_sample
+from tunelab.data.loader import random_order
 from tunelab.data.problems import BadRecord
 from tunelab.data.rendering import RenderName, apply_template, as_turns, resolve_mode
-from tunelab.data.transcripts import format_prompt, is_transcript_prompt
+from tunelab.data.transcripts import HUMAN, format_prompt, is_transcript_prompt
 from tunelab.errors import DataError
 from tunelab.types import Example, Turns
 
@@ -25,15 +25,32 @@ class GenerationPrompt:
     reference: str
 
 
-def generation_prompts(dataset: Dataset, tokenizer: Tokenizer, count: int, seed: int) -> list[GenerationPrompt]:
+def stop_strings(session_render: str) -> tuple[str, ...]:
+    """What ends an answer beside the end-of-sequence token: in a transcript, the model beginning the other side's turn.
+
+    `session_render` is `DataSummary.session_render`, or the mode a chat session writes its turns in.
+    """
+    return (HUMAN,) if session_render == "transcript" else ()
+
+
+def generation_prompts(
+    dataset: Dataset, tokenizer: Tokenizer, count: int, seed: int, max_prompt_length: int | None = None
+) -> list[GenerationPrompt]:
     """Prompts of `count` fixed random records, or of all if there are fewer.
 
-    A prompt ends where the last answer begins (in a chat: after the assistant's header); of a preference pair the
+    Only prompts of at most `max_prompt_length` tokens are taken, so that the answer fits the model's context. A prompt
+    ends where the last answer begins (in a chat: after the assistant's header); of a preference pair the
     reference is the chosen answer. A record without a prompt (running text, or loss on all tokens) is halved.
     """
-    found = []
-    for index in fixed_sample(len(dataset), count, seed):
+    answers: dict[int, tuple[list[int], int]] = {}
+    for index in random_order(len(dataset), seed):
+        if len(answers) == count:
+            break
         ids, start = _last_answer(dataset.examples[index])
+        if max_prompt_length is None or start <= max_prompt_length:
+            answers[int(index)] = (ids, start)
+    found = []
+    for _, (ids, start) in sorted(answers.items()):
         text = tokenizer.decode(ids[:start], clean_up_tokenization_spaces=False)
         reference = tokenizer.decode(ids[start:], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         found.append(GenerationPrompt(tuple(ids[:start]), text, reference))

@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 
 from tunelab.config import ModelConfig, Recipe
-from tunelab.data import Dataset, GenerationPrompt, fixed_sample, generation_prompts, load_records, prepare
+from tunelab.data import (
+    Dataset,
+    GenerationPrompt,
+    fixed_sample,
+    generation_prompts,
+    load_records,
+    prepare,
+    stop_strings,
+)
 from tunelab.errors import ConfigError
 from tunelab.evaluation.heldout import RecordScores, score_records
 from tunelab.evaluation.statistics import Interval, bootstrap_mean, bootstrap_paired
@@ -62,8 +70,11 @@ def evaluate_run(
     sample = np.arange(len(dataset.examples))
     if limit is not None:
         sample = fixed_sample(len(dataset.examples), limit, seed)
-    prompts = generation_prompts(dataset, load_tokenizer(recipe.model), generations, seed)
-    settings = GenerationSettings(max_new_tokens=recipe.evaluation.max_new_tokens, temperature=0.0, seed=seed)
+    room = recipe.data.max_length - recipe.evaluation.max_new_tokens
+    prompts = generation_prompts(dataset, load_tokenizer(recipe.model), generations, seed, max(1, room))
+    settings = GenerationSettings(
+        max_new_tokens=recipe.evaluation.max_new_tokens, stop=stop_strings(dataset.summary.session_render), seed=seed
+    )
     result = compare_arms(arms, dataset, sample, prompts, settings, progress)
     result = {"schema_version": SCHEMA_VERSION, "data": data or recipe.data.eval, **result}
     write_atomically(run.path / "evaluation.json", json.dumps(result, indent=1) + "\n")
@@ -90,7 +101,7 @@ def compare_arms(
     settings: GenerationSettings,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Scores, intervals, paired differences and answers of every arm on the same records, one model in memory at a time."""
+    """Scores, intervals, paired differences and answers of every arm on the same records; one model at a time."""
     scores: dict[str, RecordScores] = {}
     answers: list[dict[str, str]] = [{} for _ in prompts]
     for arm in arms:

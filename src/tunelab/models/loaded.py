@@ -31,6 +31,11 @@ class LoadedModel:
     layout_reason: str = ""
 
     @property
+    def context_length(self) -> int | None:
+        """Positions the model has, or None where its config names no limit."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
     def num_parameters(self) -> int:
         """Parameters, tied ones counted once."""
         return sum(parameter.numel() for parameter in self.model.parameters())

@@ -123,7 +123,9 @@ def write_report(run: RunFolder, previous: Sequence[RunFolder] = ()) -> Path:
     Reads run.json and config.yaml, and metrics.jsonl, samples.jsonl and evaluation.json where they exist.
     """
     path = run.path / "report.html"
-    write_atomically(path, render_page(run, previous))
+    page = render_page(run, previous)
+    # JSON may hold half of a surrogate pair ("\\ud83d" cut by a model or a scraper), which UTF-8 cannot.
+    write_atomically(path, page.encode("utf-8", "replace").decode("utf-8"))
     return path
 
 
@@ -203,13 +205,13 @@ def _notes(stages: Sequence[Stage], evaluation: Json | None) -> list[str]:
             notes.append(f"{where}padded rows were used, the slower layout: {model.get('layout_reason')}.")
         for split, summary in _data(stage).items():
             lost = [
-                f"{formatting.count(value['count'])} {formatting.humanise(key).lower()}"
+                f"{formatting.humanise(key).lower()} {formatting.count(value['count'])}"
                 for key, value in summary.items()
                 if isinstance(value, Mapping) and value.get("count")
             ]
             if lost:
                 name = _SPLITS.get(split, split)
-                notes.append(f"{where}of the {name} records, {formatting.join_words(lost)}; listed under Data.")
+                notes.append(f"{where}{name} records: {formatting.join_words(lost)}; listed under Data.")
     if evaluation and evaluation["num_records"] < MIN_RECORDS:
         notes.append(f"Only {evaluation['num_records']} records were evaluated: too few for any claim.")
     return [note[:1].upper() + note[1:] for note in notes]

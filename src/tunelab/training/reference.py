@@ -1,8 +1,8 @@
 """Reference log-probabilities: once per model and data set, cached on disk.
 
 The reference of DPO and its kin never changes during a run, so its forward passes are paid once and its weights need
-not stay in memory. The key covers everything the numbers depend on: weights, token ids and masks (which contain tokenizer,
-rendering and truncation), precision and layout.
+not stay in memory. The key covers everything the numbers depend on: weights, token ids and masks (which contain
+tokenizer, rendering and truncation), precision and layout.
 """
 
 from __future__ import annotations

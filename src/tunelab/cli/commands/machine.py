@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from tunelab.cli.options import Json, RunsDir
-from tunelab.cli.output import paint, print_json, print_line
+from tunelab.cli.output import paint, print_json, print_line, wrap
 from tunelab.errors import EXIT_ENVIRONMENT
 
 STYLES = {"ok": "32", "warn": "33", "fail": "31;1"}
@@ -27,9 +27,10 @@ def doctor(runs_dir: RunsDir = "runs", json: Json = False) -> None:
     else:
         width = max(len(check.name) for check in checks)
         for check in checks:
-            mend = f" → {check.mend}" if check.mend else ""
-            print_line(
-                f"{paint(check.status.ljust(4), STYLES[check.status])}  {check.name.ljust(width)}  {check.found}{mend}"
-            )
+            text = f"{check.status.ljust(4)}  {check.name.ljust(width)}  {check.found}"
+            first, *rest = wrap(text + (f" → {check.mend}" if check.mend else ""), indent=width + 8)
+            print_line(first.replace(check.status, paint(check.status, STYLES[check.status]), 1))
+            for line in rest:
+                print_line(line)
     if failed:
         raise typer.Exit(EXIT_ENVIRONMENT)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tunelab.cli.options import Json, Quiet, Run, RunsDir
-from tunelab.cli.output import format_interval, paint, print_json, print_line, print_pairs, print_table
+from tunelab.cli.output import format_interval, paint, print_json, print_line, print_pairs, print_table, print_wrapped
 from tunelab.progress import choose_progress, format_bytes
 
 if TYPE_CHECKING:
@@ -65,9 +65,10 @@ def _print_evaluation(found: dict[str, Any]) -> None:
     print_table(["change", "", "paired by record"], changes)
     for sample in found["generations"]:
         print_line()
-        print_line(paint(sample["prompt"].strip(), "2"))
+        print_wrapped(sample["prompt"].strip())
         for name, answer in {**sample["answers"], "data": sample["reference"]}.items():
-            print_line(f"{paint(f'[{name}]', '1')} {answer.strip()}")
+            print_line(paint(f"[{name}]", "1"))
+            print_wrapped(answer.strip())
 
 
 def chat(
