@@ -81,7 +81,7 @@ def _explain_usage(error: typer.TyperException) -> str:
     """typer's words for a wrong command line, on one line, with the nearest option and where to read on."""
     message = " ".join(error.format_message().split()).rstrip(".")
     message = re.sub(r" \(Possible options: (--[\w-]+).*\)", r" (did you mean '\1'?)", message)
-    message = message.replace("No such option: ", "no such option ")
+    message = message.replace("No such option: ", "no such option ").replace("(s)", "")
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "tunelab"
     return f"{message[:1].lower()}{message[1:]}; see {path} --help"

@@ -10,7 +10,7 @@ call: no global state. A model whose attention ignores the interface is found ou
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -102,6 +102,11 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
         model.set_attn_implementation(before)
 
 
-def plain_attention(model: PreTrainedModel) -> Any:
-    """transformers' own SDPA, with its masks and caches: for generation and the padded layout."""
+def plain_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """transformers' own attention, with its masks and caches: for generation and the padded layout.
+
+    That is SDPA, except for architectures that have none and rest in `eager`.
+    """
+    if model.config._attn_implementation == "eager":
+        return nullcontext()
     return attention_implementation(model, PLAIN_ATTENTION)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,7 +65,7 @@ def generate(
     with (
         torch.inference_mode(),
         _evaluating(loaded.model),
-        _attention_with_masks(loaded.model),
+        plain_attention(loaded.model),
         loaded.precision.autocast(),
     ):
         for start in range(0, len(rows), batch_size):
@@ -230,11 +230,6 @@ def _eos_ids(loaded: LoadedModel) -> frozenset[int]:
     own = getattr(loaded.model.generation_config, "eos_token_id", None)
     ids = own if isinstance(own, list) else [own]
     return frozenset(i for i in (*ids, loaded.tokenizer.eos_token_id) if i is not None)
-
-
-def _attention_with_masks(model: PreTrainedModel) -> AbstractContextManager[Any]:
-    """Attention that takes padding masks and caches. `eager` does, and some models have no other."""
-    return nullcontext() if model.config._attn_implementation == "eager" else plain_attention(model)
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def write_report(run: RunFolder, previous: Sequence[RunFolder] = ()) -> Path:
     """
     path = run.path / "report.html"
     page = render_page(run, previous)
-    # JSON may hold half of a surrogate pair ("\\ud83d" cut by a model or a scraper), which UTF-8 cannot.
+    # JSON may hold half of a surrogate pair ("\ud83d" cut by a model or a scraper), which UTF-8 cannot.
     write_atomically(path, page.encode("utf-8", "replace").decode("utf-8"))
     return path
 

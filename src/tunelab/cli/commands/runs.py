@@ -48,7 +48,7 @@ def list_(
     json: Json = False,
 ) -> None:
     """\b
-    Example: tunelab runs method=dpo 'eval/loss<0.6'
+    Example: tunelab runs list method=dpo 'eval/loss<0.6'
 
     Runs, oldest first, with what came of them.
     """

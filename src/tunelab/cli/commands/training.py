@@ -138,9 +138,7 @@ def _recipe_and_run(
 
     if resume is None:
         if not arguments:
-            raise ConfigError(
-                f"give a recipe: tunelab {method} RECIPE.yaml, or --resume RUN; see tunelab {method} --help"
-            )
+            raise ConfigError(f"give a recipe: tunelab {method} RECIPE.yaml, or continue a run with --resume RUN")
         if "=" in arguments[0] and not arguments[0].endswith((".yaml", ".yml")):
             raise ConfigError(f"'{arguments[0]}' is an override; give the recipe first: tunelab {method} RECIPE.yaml …")
         return load_recipe(arguments[0], arguments[1:], method), None
