@@ -19,8 +19,8 @@ from tunelab.train import train
 DATA = "builtin:helpful-mini"
 
 # Sized so that everything, evaluation included, takes at most five minutes on two CPU cores with SmolLM2-135M.
-SFT_RECORDS = 96
-DPO_PAIRS = 64
+SFT_RECORDS = 72
+DPO_PAIRS = 48
 HELDOUT_PAIRS = 40
 BATCH_SIZE = 4
 
@@ -67,11 +67,12 @@ def _recipe(method: str, model: str, output_dir: str, run_name: str) -> Recipe:
             },
             "training": {
                 "per_device_train_batch_size": BATCH_SIZE,
+                "save_total_limit": 1,
                 "output_dir": str(Path(output_dir)),
                 "run_name": run_name,
             },
             # Curves need few points here; the comparison at the end uses every held-out record.
-            "evaluation": {"eval_steps": 8, "eval_samples": 8, "generation_prompts": 0, "max_new_tokens": 64},
+            "evaluation": {"eval_steps": 6, "eval_samples": 8, "generation_prompts": 0, "max_new_tokens": 64},
         }
     )
 
@@ -81,8 +82,8 @@ def _table(evaluation: dict[str, Any]) -> dict[str, Any]:
     labels = {
         "eval/nll": "held-out loss (nats/token)",
         "eval/perplexity": "held-out perplexity",
-        "preference/accuracy": "prefers the better answer",
-        "preference/margin": "margin (nats/token)",
+        "rewards/accuracies": "held-out reward accuracy",
+        "rewards/margins": "held-out reward margin (nats)",
     }
     arms = evaluation["arms"]
 

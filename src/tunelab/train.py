@@ -17,7 +17,7 @@ import torch
 
 from tunelab import cost
 from tunelab.config import DPOConfig, ModelConfig, Recipe
-from tunelab.data import Dataset, GenerationPrompt, Loader, generation_prompts, load_records, prepare
+from tunelab.data import Dataset, GenerationPrompt, Loader, fixed_sample, generation_prompts, load_records, prepare
 from tunelab.errors import ConfigError, DivergedError, Interrupted
 from tunelab.models.checkpointing import enable_checkpointing
 from tunelab.models.engine import choose_layout
@@ -168,7 +168,7 @@ def _prepare(
         data=data,
         state=state,
         objective=objective,
-        loader=build_loader(recipe, len(data.train.examples)),
+        loader=build_loader(recipe, len(data.train)),
         reference=reference,
         prompts=_generation_prompts(recipe, data, loaded),
         trackers=trackers,
@@ -196,14 +196,26 @@ def _reference_and_model(
         loaded = _load(start.at(recipe.method.reference) if recipe.method.reference else start, progress)
         if recipe.method.reference is not None:
             _check_same_tokens(recipe, loaded)
-        names = ["train", "eval"] if data.eval is not None else ["train"]
-        datasets = [data.train] if data.eval is None else [data.train, data.eval]
-        reference = dict(zip(names, reference_logprobs(loaded, datasets, progress, stop), strict=True))
+        wanted = _records_needing_a_reference(recipe, data)
+        found = reference_logprobs(loaded, list(wanted.values()), progress, stop)
+        reference = dict(zip(wanted, found, strict=True))
         if recipe.method.reference is not None or checkpoint is not None:
             loaded = None
     if loaded is None:
         loaded = _load(start if checkpoint is None else start.at(str(checkpoint)), progress)
     return reference, loaded
+
+
+def _records_needing_a_reference(recipe: Recipe, data: TrainingData) -> dict[str, tuple[Dataset, np.ndarray]]:
+    """By data set name: what is trained on (a run may be shorter than an epoch), and what is evaluated."""
+    seed, samples = recipe.training.seed, recipe.evaluation.eval_samples
+    loader = build_loader(recipe, len(data.train))
+    steps = [loader.indices(step) for step in range(loader.num_steps)]
+    trained = np.unique(np.concatenate([*steps, fixed_sample(len(data.train), samples, seed)]))
+    wanted = {"train": (data.train, trained)}
+    if data.eval is not None:
+        wanted["eval"] = (data.eval, fixed_sample(len(data.eval), samples, seed))
+    return wanted
 
 
 def _generation_prompts(recipe: Recipe, data: TrainingData, loaded: LoadedModel) -> list[GenerationPrompt]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tunelab.cli import main
+from tunelab.runs import RunFolder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = ("data.limit_train=8", "data.limit_eval=4", "training.max_steps=2", "evaluation.eval_steps=1")
@@ -54,7 +55,9 @@ def _one_thread() -> None:
 def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs `sft` and, trained from it, `dpo`."""
     root = tmp_path_factory.mktemp("cli") / "runs"
-    for name, model in (("sft", "tiny-gpt2"), ("dpo", str(root / "sft"))):
+    for minute, (name, model) in enumerate((("sft", "tiny-gpt2"), ("dpo", str(root / "sft")))):
         words = [name, str(RECIPES / f"tiny-{name}.yaml"), *SMALL, "--quiet", "--json", f"model.name={model}"]
         assert main([*words, f"training.run_name={name}", f"training.output_dir={root}"]) == 0
+        # Both may be made within one second; lists are ordered by this.
+        RunFolder(root / name).update(created=f"2026-03-04T09:{minute:02d}:00+00:00")
     return root

@@ -77,7 +77,7 @@ def test_everything_is_on_the_page(two_stages):
     page = Page(html)
     for expected in (
         "From base to sft, held-out loss fell from 2.41 to 2.13",
-        "From sft to dpo, held-out preference accuracy rose from 53.5% to 61.5%",
+        "From sft to dpo, held-out likelihood accuracy rose from 53.5% to 61.5%",
         "Stage 1: sft",
         "Stage 2: dpo",
         "Reward margin",

@@ -91,7 +91,7 @@ def test_evaluation_tables():
     own = tables.metric_table(evaluation)
     assert own.columns == ("", "base", "sft")
     assert as_dict(own)["Held-out loss"] == ["2.400", "2.100"]  # one row, one precision: that of the narrowest
-    assert as_dict(own)["Held-out preference accuracy"] == ["50.0%", "–"]
+    assert as_dict(own)["Held-out likelihood accuracy"] == ["50.0%", "–"]
     change = tables.difference_table(evaluation)
     assert change.caption == "Differences on the same 40 records, with 95% intervals"
     assert change.columns == ("", "base → sft")

@@ -37,7 +37,7 @@ def test_the_sentence_of_a_fall():
 
 def test_percentages_are_told_in_points():
     assert describe_difference("preference/accuracy", 0.52, 0.615, difference(0.095, 0.03, 0.16), 0.9) == (
-        "held-out preference accuracy rose from 52.0% to 61.5% "
+        "held-out likelihood accuracy rose from 52.0% to 61.5% "
         "(difference +9.5 points, 90% interval +3.0 to +16.0, 200 pairs)"
     )
 
@@ -109,7 +109,7 @@ def test_each_stage_is_judged_by_its_own_aim_and_its_price_is_told():
     )
     assert [s.split(" (")[0] for s in found.sentences] == [
         "From base to sft, held-out loss fell from 2.41 to 2.13",
-        "From sft to dpo, held-out preference accuracy rose from 50.0% to 60.0%",
+        "From sft to dpo, held-out likelihood accuracy rose from 50.0% to 60.0%",
         "At the same time held-out loss rose from 2.13 to 2.23",
     ]
     assert found.tone == "better"

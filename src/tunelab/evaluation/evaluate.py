@@ -2,8 +2,11 @@
 
 Loss here is the cross-entropy of the held-out answers (`eval/nll`, nats per token; perplexity is its exponential),
 whatever the stage was trained on, so that all arms can be compared. On preference data it is that of the chosen
-answers, and a pair is preferred rightly if its chosen answer has the higher log-probability *per token* (the sum would
-favour short answers).
+answers.
+
+Preferences are measured in two ways. `rewards/accuracies`: training raised the chosen answer more than the rejected
+one, against the base model; it is what DPO optimises, and comparable between stages. `preference/accuracy`: the model
+finds the chosen answer likelier per token, whatever it found before (the sum would favour short answers).
 """
 
 from __future__ import annotations
@@ -120,14 +123,18 @@ def compare_arms(
             slot[arm.name] = answer.text
         progress.finish(task)
         del loaded
+    base = scores[arms[0].name]
+    columns = {name: _columns(own, base) for name, own in scores.items()}
     pairs = [(a.name, b.name) for a, b in pairwise(arms)]
     if len(arms) > 2:
         pairs.append((arms[0].name, arms[-1].name))
     return {
         "num_records": len(sample),
         "confidence": 0.95,
-        "arms": [{"name": a.name, "model": a.model.name, "metrics": _metrics(scores[a.name])} for a in arms],
-        "differences": [d for first, second in pairs for d in _differences(first, second, scores)],
+        "arms": [
+            {"name": arm.name, "model": arm.model.name, "metrics": _metrics(columns[arm.name])} for arm in arms
+        ],
+        "differences": [d for first, second in pairs for d in _differences(first, second, columns)],
         "generations": [
             {"prompt": prompt.text, "reference": prompt.reference, "answers": slot}
             for prompt, slot in zip(prompts, answers, strict=True)
@@ -158,21 +165,31 @@ def _per_token(scores: RecordScores) -> np.ndarray:
     return scores.logprobs / scores.counts
 
 
-def _columns(scores: RecordScores) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    """Metric name → per-record values, and weights where the metric is a ratio of sums."""
-    columns: dict[str, tuple[np.ndarray, np.ndarray | None]] = {
-        "eval/nll": (-scores.logprobs[:, 0], scores.counts[:, 0].astype(np.float64))
-    }
+Columns = dict[str, tuple[np.ndarray, np.ndarray | None]]
+"""Metric name → per-record values (N,), and weights (N,) where the metric is a ratio of sums."""
+
+
+def _columns(scores: RecordScores, base: RecordScores) -> Columns:
+    """Per-record numbers behind every metric of one arm.
+
+    rewards: the implicit reward log π − log π_base of each answer (Rafailov et al. 2023, eq. 5 with β = 1), summed
+    over its tokens. The base model itself has none, so all its pairs are ties, and a tie counts ½.
+    """
+    columns: Columns = {"eval/nll": (-scores.logprobs[:, 0], scores.counts[:, 0].astype(np.float64))}
     if scores.logprobs.shape[1] == 2:
-        margin = _per_token(scores)[:, 0] - _per_token(scores)[:, 1]
-        columns["preference/accuracy"] = ((margin > 0).astype(np.float64), None)
-        columns["preference/margin"] = (margin, None)
+        rewards = scores.logprobs - base.logprobs
+        margin = rewards[:, 0] - rewards[:, 1]
+        columns["rewards/accuracies"] = ((np.sign(margin) + 1) / 2, None)
+        columns["rewards/margins"] = (margin, None)
+        likelihood = _per_token(scores)[:, 0] - _per_token(scores)[:, 1]
+        columns["preference/accuracy"] = ((np.sign(likelihood) + 1) / 2, None)
+        columns["preference/margin"] = (likelihood, None)
     return columns
 
 
-def _metrics(scores: RecordScores) -> dict[str, Any]:
+def _metrics(columns: Columns) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
-    for name, (values, weights) in _columns(scores).items():
+    for name, (values, weights) in columns.items():
         interval = bootstrap_mean(values, weights)
         metrics[name] = interval.to_json()
         if name == "eval/nll":
@@ -180,11 +197,10 @@ def _metrics(scores: RecordScores) -> dict[str, Any]:
     return metrics
 
 
-def _differences(first: str, second: str, scores: dict[str, RecordScores]) -> list[dict[str, Any]]:
+def _differences(first: str, second: str, columns: dict[str, Columns]) -> list[dict[str, Any]]:
     """second − first on the same records, for every metric."""
-    before, after = _columns(scores[first]), _columns(scores[second])
     rows = []
-    for name, (values, weights) in after.items():
-        interval: Interval = bootstrap_paired(values, before[name][0], weights)
+    for name, (values, weights) in columns[second].items():
+        interval: Interval = bootstrap_paired(values, columns[first][name][0], weights)
         rows.append({"metric": name, "from": first, "to": second, **interval.to_json()})
     return rows

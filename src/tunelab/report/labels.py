@@ -47,23 +47,25 @@ _LABELS = {
     "eval/loss": Label("held-out loss", "lower", unit="nats per token"),
     "eval/perplexity": Label("held-out perplexity", "lower", unit="exponential of the loss"),
     "preference/accuracy": Label(
-        "held-out preference accuracy",
+        "held-out likelihood accuracy",
         "higher",
         is_fraction=True,
         of="pairs",
         unit="pairs whose chosen answer has the higher log-probability per token",
     ),
     "preference/margin": Label(
-        "held-out preference margin", "higher", of="pairs", unit="nats per token, chosen minus rejected"
+        "held-out likelihood margin", "higher", of="pairs", unit="nats per token, chosen minus rejected"
     ),
     "rewards/accuracies": Label(
         "held-out reward accuracy",
         "higher",
         is_fraction=True,
         of="pairs",
-        unit="pairs whose chosen answer has the higher implicit reward",
+        unit="pairs whose chosen answer gained more log-probability over the base model than the rejected one",
     ),
-    "rewards/margins": Label("held-out reward margin", "higher", of="pairs", unit="chosen minus rejected"),
+    "rewards/margins": Label(
+        "held-out reward margin", "higher", of="pairs", unit="nats gained over the base model, chosen minus rejected"
+    ),
 }
 
 

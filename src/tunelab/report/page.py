@@ -230,13 +230,13 @@ def _metric_charts(evaluation: Json | None) -> list[Chart]:
 
 
 def _result_tiles(evaluation: Json | None) -> list[Tile]:
-    """First arm against last, for the loss and the preference accuracy."""
+    """First arm against last, for the loss and the reward accuracy."""
     if evaluation is None or not evaluation["arms"]:
         return []
     first, last = evaluation["arms"][0], evaluation["arms"][-1]
     differences = differences_between(evaluation, first["name"], last["name"])
     tiles = []
-    for metric in ("eval/nll", "eval/loss", "preference/accuracy"):
+    for metric in ("eval/nll", "eval/loss", "rewards/accuracies"):
         if metric not in first["metrics"] or metric not in last["metrics"]:
             continue
         label = label_of(metric)

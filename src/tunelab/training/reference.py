@@ -24,40 +24,48 @@ from tunelab.models.saving import weights_fingerprint
 from tunelab.progress import Progress
 from tunelab.training.loop import StopRequested
 from tunelab.training.signals import StopSignal
+from tunelab.types import Batch
 
 BATCH_SIZE = 8
 
 
 def reference_logprobs(
-    loaded: LoadedModel, datasets: Sequence[Dataset], progress: Progress, stop: StopSignal
+    loaded: LoadedModel,
+    wanted: Sequence[tuple[Dataset, np.ndarray]],
+    progress: Progress,
+    stop: StopSignal,
 ) -> list[np.ndarray]:
-    """Summed log-probabilities of (chosen, rejected) under `loaded` for every pair: one (P, 2) float32 per data set.
+    """Summed log-probabilities of (chosen, rejected) under `loaded`, for each (data set, record indices) wanted.
 
-    Read from `$TUNELAB_CACHE/reference` where present. Raises StopRequested if a stop was asked for midway.
+    Returns one (P, 2) float32 array a data set, NaN in the rows of records that were not asked for: a NaN that is used
+    after all stops the run at its guard. Read from `$TUNELAB_CACHE/reference` where present. Raises StopRequested if a
+    stop was asked for midway.
     """
     weights = weights_fingerprint(loaded.model)
-    return [_one(loaded, weights, dataset, progress, stop) for dataset in datasets]
+    return [_one(loaded, weights, dataset, indices, progress, stop) for dataset, indices in wanted]
 
 
 def _one(
-    loaded: LoadedModel, weights: str, dataset: Dataset, progress: Progress, stop: StopSignal
+    loaded: LoadedModel, weights: str, dataset: Dataset, indices: np.ndarray, progress: Progress, stop: StopSignal
 ) -> np.ndarray:
-    parts = (weights, dataset.fingerprint, loaded.precision.name, loaded.layout, loaded.device.type)
+    ids = [int(index) for index in indices]
+    parts = (weights, dataset.fingerprint, str(ids), loaded.precision.name, loaded.layout, loaded.device.type)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     path = cache_folder() / "reference" / f"{key[:32]}.safetensors"
-    cached = _read(path, len(dataset.examples))
+    every = np.full((len(dataset.examples), 2), np.nan, dtype=np.float32)
+    cached = _read(path, len(ids))
     if cached is not None:
-        progress.note(f"reference log-probabilities: {len(cached)} pairs from the cache")
-        return cached
+        progress.note(f"reference log-probabilities: {len(ids)} pairs from the cache")
+        every[ids] = cached
+        return every
     task = "reference"
-    progress.start(task, len(dataset.examples))
+    progress.start(task, len(ids))
 
-    def on_batch(batch: object) -> None:
-        progress.advance(task, len(batch.record_ids))  # type: ignore[attr-defined]
+    def on_batch(batch: Batch) -> None:
+        progress.advance(task, len(batch.record_ids))
         if stop():
             raise StopRequested
 
-    ids = range(len(dataset.examples))
     batches = (
         pack([dataset.examples[i] for i in ids[start : start + BATCH_SIZE]], ids[start : start + BATCH_SIZE])
         for start in range(0, len(ids), BATCH_SIZE)
@@ -65,11 +73,12 @@ def _one(
     sums, _ = sequence_logprobs(loaded, batches, on_batch)
     progress.finish(task)
     values = sums.reshape(-1, 2).astype(np.float32)
+    every[ids] = values
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     save_file({"logprobs": values}, temporary)
     temporary.replace(path)
-    return values
+    return every
 
 
 def _read(path: Path, num_pairs: int) -> np.ndarray | None:
