@@ -35,5 +35,9 @@ $(VENV)/oracles.stamp: $(VENV)/dev.stamp
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,oracles]'
 	@touch $@
 
+# Record the golden curves anew, with their provenance, after a change that is meant to move them.
+golden: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.golden.record
+
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

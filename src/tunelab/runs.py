@@ -14,6 +14,7 @@ created, finished, fingerprint, versions, machine, model, data, cost, result, be
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -95,11 +96,7 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"training.output_dir: cannot create {path} ({error.strerror})") from None
         folder = cls(path)
-        yaml = YAML(typ="safe")
-        yaml.default_flow_style = False
-        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-        with (path / "config.yaml").open("w", encoding="utf-8") as file:
-            yaml.dump(recipe.resolved(), file)
+        folder.write_recipe(recipe)
         folder.write_record(
             {
                 "schema_version": SCHEMA_VERSION,
@@ -135,6 +132,15 @@ class RunFolder:
     def recipe(self) -> Recipe:
         """The resolved recipe this run was started with."""
         return load_recipe(self.path / "config.yaml")
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """config.yaml: the resolved recipe."""
+        yaml = YAML(typ="safe")
+        yaml.default_flow_style = False
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+        text = io.StringIO()
+        yaml.dump(recipe.resolved(), text)
+        write_atomically(self.path / "config.yaml", text.getvalue())
 
     def record(self) -> dict[str, Any]:
         """run.json."""

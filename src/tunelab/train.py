@@ -59,10 +59,13 @@ def train(
         with _recorded(run, stop):
             session = _prepare(run, recipe, data, progress, stop, resume is not None, allow_drift)
             session.state.counters.add_seconds("loading", time.perf_counter() - began)
-            finished = run_session(session)
+            try:
+                finished = run_session(session)
+            finally:
+                _record_cost(session)
             if not finished:
                 raise StopRequested
-            _record_result(session)
+            run.update(status="completed", finished=now())
     return run
 
 
@@ -161,6 +164,7 @@ def _prepare(
     resumes = list(run.record().get("resumes", []))
     if resuming:
         resumes.append({"time": now(), "step": state.step, "drift": drift})
+        run.write_recipe(recipe)
     run.update(status="running", error=None, resumes=resumes, data=data.record(), model=_describe(loaded))
     return Session(
         run=run,
@@ -320,14 +324,15 @@ def _recorded(run: RunFolder, stop: StopSignal) -> Iterator[None]:
         raise
 
 
-def _record_result(session: Session) -> None:
+def _record_cost(session: Session) -> None:
+    """What was paid and what was reached, also of a run that did not finish."""
     counters, evaluation = session.state.counters, session.state.evaluation
     rows = session.run.metrics("eval")
     seconds = {**counters.seconds, "total": sum(counters.seconds.values())}
-    result = {key: value for key, value in rows[-1].items() if "/" in key} if rows else {}
-    costs = asdict(counters) | {"steps": counters.step, "seconds": seconds}
-    costs["tokens_per_second"] = counters.tokens / max(seconds.get("training", 0.0), 1e-9)
-    best = None
-    if evaluation.best_step is not None:
-        best = {"step": evaluation.best_step, "eval/loss": evaluation.best_loss}
-    session.run.update(status="completed", finished=now(), cost=costs, result=result, best=best)
+    cost_record = asdict(counters) | {"steps": counters.step, "seconds": seconds}
+    cost_record["tokens_per_second"] = counters.tokens / max(seconds.get("training", 0.0), 1e-9)
+    session.run.update(
+        cost=cost_record,
+        result={key: value for key, value in rows[-1].items() if "/" in key} if rows else {},
+        best={"step": evaluation.best_step, "eval/loss": evaluation.best_loss} if evaluation.best_step else None,
+    )
