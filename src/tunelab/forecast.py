@@ -6,28 +6,24 @@ from typing import Any
 
 from tunelab import cost
 from tunelab.config import Recipe
-from tunelab.models.loading import load_skeleton, load_tokenizer
-from tunelab.optim import build_schedule
+from tunelab.models.loading import load_skeleton
 from tunelab.parallel import resolve_device, resolve_precision
 from tunelab.progress import Progress
 from tunelab.session import build_micro_batch
-from tunelab.train import build_loader, check_machine, load_data
+from tunelab.train import plan_run
 
 
 def forecast(recipe: Recipe, progress: Progress) -> dict[str, Any]:
     """What a run would do: everything validated, data read and tokenised, the model built without weights."""
-    check_machine(recipe)
+    plan = plan_run(recipe, progress)
+    loader = plan.loader
     device = resolve_device(recipe.model.device)
-    tokenizer = load_tokenizer(recipe.model)
-    data = load_data(recipe, tokenizer, progress)
-    loader = build_loader(recipe, len(data.train.examples))
-    build_schedule(recipe.optimizer.schedule, loader.num_steps)
     skeleton = load_skeleton(recipe.model)
     shape = cost.ModelShape.of(skeleton)
     totals = {"records": 0, "tokens": 0, "loss_tokens": 0, "flops": 0.0}
     for step in range(loader.num_steps):
         for indices in loader.micro_batches(step, recipe.training.per_device_train_batch_size):
-            batch = build_micro_batch(data.train, indices, None).batch
+            batch = build_micro_batch(plan.data.train, indices, None).batch
             totals["records"] += len(indices)
             totals["tokens"] += batch.num_tokens
             totals["loss_tokens"] += len(batch.targets)
@@ -43,7 +39,7 @@ def forecast(recipe: Recipe, progress: Progress) -> dict[str, Any]:
         "steps": loader.num_steps,
         **totals,
         "disk_bytes": _checkpoint_bytes(recipe, parameters) * (recipe.training.save_total_limit + 2),
-        "data": data.record(),
+        "data": plan.data.record(),
         "fingerprint": recipe.fingerprint(),
     }
 

@@ -20,7 +20,7 @@ from tunelab.data import Dataset, GenerationPrompt, Loader, fixed_sample, pack, 
 from tunelab.evaluation.heldout import evaluate_objective
 from tunelab.models.generation import GenerationSettings, generate
 from tunelab.objectives import Objective
-from tunelab.optim import build_schedule
+from tunelab.optim import Schedule
 from tunelab.parallel import peak_memory_bytes
 from tunelab.progress import Progress
 from tunelab.runs import RunFolder
@@ -65,16 +65,24 @@ def _identity(example: Example) -> bytes:
     return example.prompt_ids.tobytes() + b"|" + example.completions[0].ids.tobytes()
 
 
-@dataclass
-class Session:
-    """Everything one process needs to carry a run on: the recipe's objects, built."""
+@dataclass(frozen=True)
+class Plan:
+    """A recipe checked against machine, model and data: what will be done, before any weights are read."""
 
-    run: RunFolder
     recipe: Recipe
     data: TrainingData
+    loader: Loader
+    schedule: Schedule
+
+
+@dataclass
+class Session:
+    """Everything one process needs to carry a plan out: the recipe's objects, built."""
+
+    run: RunFolder
+    plan: Plan
     state: TrainState
     objective: Objective
-    loader: Loader
     reference: dict[str, np.ndarray]
     prompts: list[GenerationPrompt]
     trackers: list[Tracker]
@@ -87,15 +95,14 @@ class Session:
 
 def run_session(session: Session) -> bool:
     """The loop with its hooks. True if the run is finished, False if it was stopped and saved."""
-    recipe, state, num_steps = session.recipe, session.state, session.loader.num_steps
-    schedule = build_schedule(recipe.optimizer.schedule, num_steps)
+    recipe, state, num_steps = session.plan.recipe, session.state, session.plan.loader.num_steps
     eval_steps = recipe.evaluation.eval_steps or max(1, -(-num_steps // EVALUATIONS_PER_RUN))
     session.progress.start("training", num_steps, state.step)
     try:
         finished = run_loop(
             state,
             num_steps=num_steps,
-            step=lambda state: _step(session, recipe.optimizer.learning_rate * schedule(state.step)),
+            step=lambda state: _step(session, recipe.optimizer.learning_rate * session.plan.schedule(state.step)),
             hooks=[
                 Hook(eval_steps, lambda state: _evaluate(session)),
                 Hook(1, lambda state: _save_if_due(session)),
@@ -113,10 +120,10 @@ def run_session(session: Session) -> bool:
 def _step(session: Session, learning_rate: float) -> None:
     """One optimizer step: its micro-batches packed, trained on, counted and logged."""
     began = time.perf_counter()
-    recipe, state, counters = session.recipe, session.state, session.state.counters
+    recipe, state, counters = session.plan.recipe, session.state, session.state.counters
     micro_batches = [
-        build_micro_batch(session.data.train, indices, session.reference.get("train"))
-        for indices in session.loader.micro_batches(state.step, recipe.training.per_device_train_batch_size)
+        build_micro_batch(session.plan.data.train, indices, session.reference.get("train"))
+        for indices in session.plan.loader.micro_batches(state.step, recipe.training.per_device_train_batch_size)
     ]
     metrics = train_step(
         state,
@@ -179,7 +186,7 @@ def _evaluate(session: Session) -> None:
     loss = metrics.get("eval/loss")
     if loss is None or state.step == 0:
         return
-    config = session.recipe.evaluation
+    config = session.plan.recipe.evaluation
     evaluation.note(state.step, loss, config.early_stopping_threshold)
     patience = config.early_stopping_patience
     if patience is not None and evaluation.without_improvement >= patience:
@@ -188,13 +195,16 @@ def _evaluate(session: Session) -> None:
 
 
 def _measure(session: Session) -> Metrics:
-    config, seed = session.recipe.evaluation, session.recipe.training.seed
+    config, seed = session.plan.recipe.evaluation, session.plan.recipe.training.seed
     metrics: Metrics = {}
-    for prefix, name, dataset in (("eval", "eval", session.data.eval), ("eval_train", "train", session.data.train)):
+    for prefix, name, dataset in (
+        ("eval", "eval", session.plan.data.eval),
+        ("eval_train", "train", session.plan.data.train),
+    ):
         if dataset is None:
             continue
         task = f"evaluation ({name} data)"
-        indices = fixed_sample(len(dataset.examples), config.eval_samples, seed)
+        indices = fixed_sample(len(dataset), config.eval_samples, seed)
         session.progress.start(task, len(indices))
 
         def on_records(count: int, task: str = task) -> None:
@@ -217,14 +227,14 @@ def _measure(session: Session) -> Metrics:
 
 
 def _answers(session: Session) -> list[str]:
-    config = session.recipe.evaluation
+    config = session.plan.recipe.evaluation
     if not session.prompts:
         return []
     settings = GenerationSettings(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
-        stop=stop_strings(session.data.train.summary.session_render),
-        seed=session.recipe.training.seed,
+        stop=stop_strings(session.plan.data.train.summary.session_render),
+        seed=session.plan.recipe.training.seed,
     )
     return [answer.text for answer in generate(session.state.loaded, [p.ids for p in session.prompts], settings)]
 
@@ -237,7 +247,7 @@ def _log(session: Session, phase: str, metrics: Metrics) -> None:
 
 def _save_if_due(session: Session) -> None:
     step = session.state.step
-    if step and (step % session.recipe.training.save_steps == 0 or session.state.evaluation.best_step == step):
+    if step and (step % session.plan.recipe.training.save_steps == 0 or session.state.evaluation.best_step == step):
         _save(session)
 
 
@@ -250,7 +260,7 @@ def _save(session: Session) -> None:
         best_path = run.checkpoints / checkpoint_name(best) if best is not None else None
         if best_path is not None and best_path.exists():
             point_best(run.path / "best", best_path)
-        prune_checkpoints(run.checkpoints, session.recipe.training.save_total_limit, path, best_path)
+        prune_checkpoints(run.checkpoints, session.plan.recipe.training.save_total_limit, path, best_path)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The composition root: a recipe in, a run folder out. It reads top to bottom like the flow of the data:
 
-    config → data → model → objective → optimizer → training loop → evaluation → run record → report
+config → data → model → objective → optimizer → training loop → evaluation → run record → report
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tunelab.errors import ConfigError, DivergedError, Interrupted
 from tunelab.models.checkpointing import enable_checkpointing
 from tunelab.models.engine import choose_layout
 from tunelab.models.loaded import LoadedModel
-from tunelab.models.loading import load_model, load_tokenizer
+from tunelab.models.loading import load_context_length, load_model, load_tokenizer
 from tunelab.objectives import Objective, build_objective
-from tunelab.optim import build_optimizer
+from tunelab.optim import build_optimizer, build_schedule
 from tunelab.parallel import resolve_device, resolve_precision, seed_everything, set_threads
 from tunelab.progress import Progress
-from tunelab.runs import RunFolder, now
-from tunelab.session import Session, TrainingData, run_session
+from tunelab.runs import RunFolder, environment_record, now
+from tunelab.session import Plan, Session, TrainingData, run_session
 from tunelab.training.checkpoint import (
     latest_valid_checkpoint,
     list_checkpoints,
@@ -52,12 +52,10 @@ def train(
     """
     began = time.perf_counter()
     with catch_stop_signals() as stop:
-        check_machine(recipe)
-        tokenizer = load_tokenizer(recipe.model)
-        data = load_data(recipe, tokenizer, progress)
+        plan = plan_run(recipe, progress)
         run = resume or RunFolder.create(recipe)
         with _recorded(run, stop):
-            session = _prepare(run, recipe, data, progress, stop, resume is not None, allow_drift)
+            session = _prepare(run, plan, progress, stop, resume is not None, allow_drift)
             session.state.counters.add_seconds("loading", time.perf_counter() - began)
             try:
                 finished = run_session(session)
@@ -69,7 +67,23 @@ def train(
     return run
 
 
-# --- config → data --------------------------------------------------------------------------------------------------
+# --- config → data, before any weights are read ---------------------------------------------------------------------
+
+
+def plan_run(recipe: Recipe, progress: Progress) -> Plan:
+    """Check a recipe against machine, model and data, and say what a run of it will do. No weights are read."""
+    check_recipe(recipe)
+    data = load_data(recipe, load_tokenizer(recipe.model), progress)
+    training = recipe.training
+    loader = Loader(
+        num_records=len(data.train),
+        records_per_step=training.per_device_train_batch_size * training.gradient_accumulation_steps,
+        num_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+        seed=training.seed,
+        shuffle=recipe.data.shuffle,
+    )
+    return Plan(recipe, data, loader, build_schedule(recipe.optimizer.schedule, loader.num_steps))
 
 
 def load_data(recipe: Recipe, tokenizer: Any, progress: Progress) -> TrainingData:
@@ -97,38 +111,27 @@ def load_data(recipe: Recipe, tokenizer: Any, progress: Progress) -> TrainingDat
     return data
 
 
-def check_machine(recipe: Recipe) -> None:
-    """What can be refused before anything is read."""
+def check_recipe(recipe: Recipe) -> None:
+    """What can be refused before data or weights are read. Raises ConfigError or MachineError."""
     resolve_precision(recipe.model.precision, resolve_device(recipe.model.device))
     if recipe.evaluation.early_stopping_patience is not None and recipe.data.eval is None:
         raise ConfigError("evaluation.early_stopping_patience: needs eval data; set data.eval")
-
-
-def build_loader(recipe: Recipe, num_records: int) -> Loader:
-    training = recipe.training
-    return Loader(
-        num_records=num_records,
-        records_per_step=training.per_device_train_batch_size * training.gradient_accumulation_steps,
-        num_epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-        seed=training.seed,
-        shuffle=recipe.data.shuffle,
-    )
+    context = load_context_length(recipe.model)
+    if context is not None and recipe.data.max_length > context:
+        raise ConfigError(
+            f"data.max_length: {recipe.data.max_length} is more than the {context} positions of {recipe.model.name}; "
+            f"set it to {context} or less"
+        )
 
 
 # --- model → objective → optimizer ----------------------------------------------------------------------------------
 
 
 def _prepare(
-    run: RunFolder,
-    recipe: Recipe,
-    data: TrainingData,
-    progress: Progress,
-    stop: StopSignal,
-    resuming: bool,
-    allow_drift: bool,
+    run: RunFolder, plan: Plan, progress: Progress, stop: StopSignal, resuming: bool, allow_drift: bool
 ) -> Session:
     """Build model, objective, reference, optimizer and state; restore the newest good checkpoint when resuming."""
+    recipe = plan.recipe
     threads = set_threads(recipe.training.num_threads)
     seed_everything(recipe.training.seed)
     # Same kernels in the same order, so that a resumed run gives the same bits. warn_only: a model may need an
@@ -143,8 +146,7 @@ def _prepare(
         run.rewind(-1)
 
     objective = build_objective(recipe.method)
-    reference, loaded = _reference_and_model(recipe, objective, data, checkpoint, progress, stop)
-    check_context(recipe, loaded)
+    reference, loaded = _reference_and_model(plan, objective, checkpoint, progress, stop)
     if loaded.layout == "padded":
         progress.note(f"layout: padded ({loaded.layout_reason})")
     if recipe.training.gradient_checkpointing:
@@ -153,7 +155,7 @@ def _prepare(
     optimizer = build_optimizer(loaded.model.named_parameters(), recipe.optimizer, loaded.device.type)
     scaler = torch.amp.GradScaler(loaded.device.type) if loaded.precision.needs_scaler else None
     state = TrainState(loaded, optimizer, scaler)
-    fingerprints = _fingerprints(run, recipe, data, loaded, threads)
+    fingerprints = _fingerprints(plan, loaded, threads)
     drift: list[str] = []
     if checkpoint is not None:
         drift = _check_drift(read_numbers(checkpoint)["fingerprints"], fingerprints, allow_drift, progress)
@@ -165,16 +167,14 @@ def _prepare(
     if resuming:
         resumes.append({"time": now(), "step": state.step, "drift": drift})
         run.write_recipe(recipe)
-    run.update(status="running", error=None, resumes=resumes, data=data.record(), model=_describe(loaded))
+    run.update(status="running", error=None, resumes=resumes, data=plan.data.record(), model=_describe(loaded))
     return Session(
         run=run,
-        recipe=recipe,
-        data=data,
+        plan=plan,
         state=state,
         objective=objective,
-        loader=build_loader(recipe, len(data.train)),
         reference=reference,
-        prompts=_generation_prompts(recipe, data, loaded),
+        prompts=_generation_prompts(plan, loaded),
         trackers=trackers,
         fingerprints=fingerprints,
         shape=cost.ModelShape.of(loaded.model),
@@ -185,22 +185,17 @@ def _prepare(
 
 
 def _reference_and_model(
-    recipe: Recipe,
-    objective: Objective,
-    data: TrainingData,
-    checkpoint: Path | None,
-    progress: Progress,
-    stop: StopSignal,
+    plan: Plan, objective: Objective, checkpoint: Path | None, progress: Progress, stop: StopSignal
 ) -> tuple[dict[str, np.ndarray], LoadedModel]:
     """Reference log-probabilities by data set name, and the model to train. Never two models in memory at once."""
-    start = recipe.model
+    recipe, start = plan.recipe, plan.recipe.model
     reference: dict[str, np.ndarray] = {}
     loaded: LoadedModel | None = None
     if objective.needs_reference and isinstance(recipe.method, DPOConfig):
         loaded = _load(start.at(recipe.method.reference) if recipe.method.reference else start, progress)
         if recipe.method.reference is not None:
             _check_same_tokens(recipe, loaded)
-        wanted = _records_needing_a_reference(recipe, data)
+        wanted = _records_needing_a_reference(plan)
         found = reference_logprobs(loaded, list(wanted.values()), progress, stop)
         reference = dict(zip(wanted, found, strict=True))
         if recipe.method.reference is not None or checkpoint is not None:
@@ -210,11 +205,10 @@ def _reference_and_model(
     return reference, loaded
 
 
-def _records_needing_a_reference(recipe: Recipe, data: TrainingData) -> dict[str, tuple[Dataset, np.ndarray]]:
+def _records_needing_a_reference(plan: Plan) -> dict[str, tuple[Dataset, np.ndarray]]:
     """By data set name: what is trained on (a run may be shorter than an epoch), and what is evaluated."""
-    seed, samples = recipe.training.seed, recipe.evaluation.eval_samples
-    loader = build_loader(recipe, len(data.train))
-    steps = [loader.indices(step) for step in range(loader.num_steps)]
+    data, seed, samples = plan.data, plan.recipe.training.seed, plan.recipe.evaluation.eval_samples
+    steps = [plan.loader.indices(step) for step in range(plan.loader.num_steps)]
     trained = np.unique(np.concatenate([*steps, fixed_sample(len(data.train), samples, seed)]))
     wanted = {"train": (data.train, trained)}
     if data.eval is not None:
@@ -222,12 +216,11 @@ def _records_needing_a_reference(recipe: Recipe, data: TrainingData) -> dict[str
     return wanted
 
 
-def _generation_prompts(recipe: Recipe, data: TrainingData, loaded: LoadedModel) -> list[GenerationPrompt]:
-    config, context = recipe.evaluation, loaded.context_length
+def _generation_prompts(plan: Plan, loaded: LoadedModel) -> list[GenerationPrompt]:
+    config, context = plan.recipe.evaluation, loaded.context_length
     room = None if context is None else context - config.max_new_tokens
-    return generation_prompts(
-        data.eval or data.train, loaded.tokenizer, config.generation_prompts, recipe.training.seed, room
-    )
+    dataset, seed = plan.data.eval or plan.data.train, plan.recipe.training.seed
+    return generation_prompts(dataset, loaded.tokenizer, config.generation_prompts, seed, room)
 
 
 def _check_same_tokens(recipe: Recipe, reference: LoadedModel) -> None:
@@ -248,15 +241,6 @@ def _load(config: ModelConfig, progress: Progress) -> LoadedModel:
     return loaded
 
 
-def check_context(recipe: Recipe, loaded: LoadedModel) -> None:
-    context = loaded.context_length
-    if context is not None and recipe.data.max_length > context:
-        raise ConfigError(
-            f"data.max_length: {recipe.data.max_length} is more than the {context} positions of {recipe.model.name}; "
-            f"set it to {context} or less"
-        )
-
-
 def _describe(loaded: LoadedModel) -> dict[str, Any]:
     return {
         "source": loaded.source,
@@ -269,16 +253,14 @@ def _describe(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _fingerprints(
-    run: RunFolder, recipe: Recipe, data: TrainingData, loaded: LoadedModel, threads: int
-) -> dict[str, Any]:
+def _fingerprints(plan: Plan, loaded: LoadedModel, threads: int) -> dict[str, Any]:
     """What must not change between the sessions of a run if its bits are to be the same."""
-    versions = run.record()["versions"]
+    data, versions = plan.data, environment_record()["versions"]
     return {
-        "recipe": recipe.fingerprint(),
+        "recipe": plan.recipe.fingerprint(),
         "train data": data.train.fingerprint,
         "eval data": data.eval.fingerprint if data.eval else None,
-        "torch": torch.__version__,
+        "torch": versions["torch"],
         "transformers": versions["transformers"],
         "device": loaded.device.type,
         "precision": loaded.precision.name,

@@ -62,9 +62,7 @@ def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path, optimizer: AdamWCo
     for _ in range(3):
         advance(restored)
     assert restored.step == state.step == 6
-    for (name, one), two in zip(
-        state.loaded.model.named_parameters(), restored.loaded.model.parameters(), strict=True
-    ):
+    for (name, one), two in zip(state.loaded.model.named_parameters(), restored.loaded.model.parameters(), strict=True):
         assert torch.equal(one, two), name
 
 

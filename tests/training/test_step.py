@@ -33,9 +33,7 @@ def test_plain_sgd_moves_by_learning_rate_times_clipped_norm() -> None:
     """θ' = θ − η g·min(1, c/‖g‖), so ‖θ' − θ‖ = η·c when the norm is above c: 0.5 · 0.01 = 0.005."""
     state, batches = one_state()
     before = weights(state)
-    metrics = train_step(
-        state, build_objective(SFTConfig()), batches, learning_rate=0.5, max_grad_norm=0.01
-    )
+    metrics = train_step(state, build_objective(SFTConfig()), batches, learning_rate=0.5, max_grad_norm=0.01)
     assert metrics["grad_norm"] > 0.01
     assert (weights(state) - before).norm().item() == pytest.approx(0.005, rel=1e-3)
     assert metrics["learning_rate"] == 0.5

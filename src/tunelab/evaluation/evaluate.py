@@ -70,9 +70,9 @@ def evaluate_run(
         raise ConfigError(f"{run.path}: its recipe names no eval data; give some with --data FILE")
     dataset = _load_heldout(recipe, data)
     arms = arms_of(run)
-    sample = np.arange(len(dataset.examples))
+    sample = np.arange(len(dataset))
     if limit is not None:
-        sample = fixed_sample(len(dataset.examples), limit, seed)
+        sample = fixed_sample(len(dataset), limit, seed)
     room = recipe.data.max_length - recipe.evaluation.max_new_tokens
     prompts = generation_prompts(dataset, load_tokenizer(recipe.model), generations, seed, max(1, room))
     settings = GenerationSettings(
@@ -131,9 +131,7 @@ def compare_arms(
     return {
         "num_records": len(sample),
         "confidence": 0.95,
-        "arms": [
-            {"name": arm.name, "model": arm.model.name, "metrics": _metrics(columns[arm.name])} for arm in arms
-        ],
+        "arms": [{"name": arm.name, "model": arm.model.name, "metrics": _metrics(columns[arm.name])} for arm in arms],
         "differences": [d for first, second in pairs for d in _differences(first, second, columns)],
         "generations": [
             {"prompt": prompt.text, "reference": prompt.reference, "answers": slot}

@@ -33,7 +33,7 @@ class LoadedModel:
     @property
     def context_length(self) -> int | None:
         """Positions the model has, or None where its config names no limit."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def num_parameters(self) -> int:

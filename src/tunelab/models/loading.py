@@ -100,15 +100,24 @@ def load_skeleton(config: ModelConfig) -> PreTrainedModel:
 
     For forecasts. Raises what `load_model` raises before it reads weights.
     """
+    own_config = _config_alone(config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(own_config, trust_remote_code=config.trust_remote_code)
+
+
+def load_context_length(config: ModelConfig) -> int | None:
+    """Positions the model has, from its config alone; None where it names no limit."""
+    return getattr(_config_alone(config).get_text_config(), "max_position_embeddings", None)
+
+
+def _config_alone(config: ModelConfig) -> PreTrainedConfig:
     source = find_source(config.name)
     check_revision(config, source)
     if source.name == TINY_GPT2:
-        own_config: PreTrainedConfig = tiny.tiny_config()
-    else:
-        own_config = _read_config(source, _open(source, config))
-        _check_causal(own_config, source, config.trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(own_config, trust_remote_code=config.trust_remote_code)
+        return tiny.tiny_config()
+    own_config = _read_config(source, _open(source, config))
+    _check_causal(own_config, source, config.trust_remote_code)
+    return own_config
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def _one(
     parts = (weights, dataset.fingerprint, str(ids), loaded.precision.name, loaded.layout, loaded.device.type)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     path = cache_folder() / "reference" / f"{key[:32]}.safetensors"
-    every = np.full((len(dataset.examples), 2), np.nan, dtype=np.float32)
+    every = np.full((len(dataset), 2), np.nan, dtype=np.float32)
     cached = _read(path, len(ids))
     if cached is not None:
         progress.note(f"reference log-probabilities: {len(ids)} pairs from the cache")
