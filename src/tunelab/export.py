@@ -8,12 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tunelab.errors import ConfigError, did_you_mean
+from tunelab.manifest import TRAINING_STATE, list_checkpoints, verify_checkpoint
 from tunelab.runs import RunFolder
-
-TRAINING_STATE = frozenset(
-    ("optimizer.safetensors", "optimizer.json", "rng.safetensors", "state.json", "manifest.json")
-)
-"""Files of a checkpoint that only a resumed run reads."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,6 @@ def export_model(run: RunFolder, folder: Path, checkpoint: str | None = None, fo
     stay. Raises ConfigError for a checkpoint that does not exist or a folder that is not empty, TunelabError for a
     checkpoint that is damaged.
     """
-    from tunelab.training.checkpoint import verify_checkpoint
-
     source = find_checkpoint(run, checkpoint)
     verify_checkpoint(source)
     if folder.exists() and not folder.is_dir():
@@ -56,7 +50,7 @@ def export_model(run: RunFolder, folder: Path, checkpoint: str | None = None, fo
 
 def find_checkpoint(run: RunFolder, checkpoint: str | None) -> Path:
     """The folder of a run's checkpoint by `best`, `last` or step. Raises ConfigError naming those there are."""
-    steps = {int(path.name.removeprefix("step-")): path for path in sorted(run.checkpoints.glob("step-*"))}
+    steps = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(run.checkpoints)}
     if not steps:
         raise ConfigError(f"{run.path}: has no checkpoint yet; continue it with --resume")
     best = run.path / "best"

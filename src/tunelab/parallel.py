@@ -5,9 +5,11 @@ torch is imported inside the functions: importing this module costs nothing.
 
 from __future__ import annotations
 
+import os
 import random
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +127,45 @@ def peak_memory_bytes(device: torch.device) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes on the BSDs
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start `peak_memory_bytes` anew where the system allows it, so that a second run in a process has its own peak."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu":
+        with suppress(OSError):  # proc(5): 5 resets VmHWM; read-only in some containers, and Linux only
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Within the body torch computes the same bits every time where it knows how.
+
+    On the CPU that is everything tunelab uses. On CUDA cuBLAS needs its workspace fixed before the first call, and
+    the backward pass of fused attention stays outside torch's promise (it only warns): bits may differ there.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def device_name(device: torch.device) -> str:
+    """What computes, as precisely as its bits depend on it: `cpu`, `mps`, or the name of the CUDA card."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def seed_everything(seed: int) -> None:

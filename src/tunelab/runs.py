@@ -14,12 +14,15 @@ created, finished, fingerprint, versions, machine, model, data, cost, result, be
 
 from __future__ import annotations
 
+import fcntl
 import io
+import itertools
 import json
 import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -30,7 +33,7 @@ from ruamel.yaml import YAML
 
 from tunelab import __version__
 from tunelab.config import Recipe, load_recipe
-from tunelab.errors import ConfigError, did_you_mean
+from tunelab.errors import ConfigError, MachineError, TunelabError, did_you_mean
 
 SCHEMA_VERSION = 1
 
@@ -76,40 +79,41 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, recipe: Recipe) -> RunFolder:
-        """Make the folder of a new run. A given `run_name` that exists is an error; a generated one never collides."""
-        root = Path(recipe.training.output_dir)
+    def check_name(cls, recipe: Recipe) -> None:
+        """Raise ConfigError if the recipe's `run_name` is taken; a name generated later never is."""
         name = recipe.training.run_name
-        if name is None:
-            model = Path(recipe.model.name.rstrip("/")).name.split(".gguf")[0].lower()
-            stem = f"{recipe.method.name}-{model}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-            name, suffix = stem, 2
-            while (root / name).exists():
-                name, suffix = f"{stem}-{suffix}", suffix + 1
-        path = root / name
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
+        path = Path(recipe.training.output_dir) / (name or "")
+        if name is not None and path.exists():
             raise ConfigError(
                 f"training.run_name: {path} exists; choose another name, or continue it with --resume {path}"
-            ) from None
+            )
+
+    @classmethod
+    def create(cls, recipe: Recipe) -> RunFolder:
+        """Make the folder of a new run: it appears whole, with config.yaml and run.json, or not at all."""
+        cls.check_name(recipe)
+        root = Path(recipe.training.output_dir)
+        path = root / (recipe.training.run_name or _free_name(root, recipe))
+        draft = cls(root / f".tmp-{path.name}-{os.getpid()}")
+        try:
+            draft.path.mkdir(parents=True)
+            draft.write_recipe(recipe)
+            draft.write_record(
+                {
+                    "schema_version": SCHEMA_VERSION,
+                    "name": path.name,
+                    "method": recipe.method.name,
+                    "status": "created",
+                    "created": now(),
+                    "finished": None,
+                    "fingerprint": recipe.fingerprint(),
+                    **environment_record(),
+                }
+            )
+            draft.path.rename(path)
         except OSError as error:
-            raise ConfigError(f"training.output_dir: cannot create {path} ({error.strerror})") from None
-        folder = cls(path)
-        folder.write_recipe(recipe)
-        folder.write_record(
-            {
-                "schema_version": SCHEMA_VERSION,
-                "name": name,
-                "method": recipe.method.name,
-                "status": "created",
-                "created": now(),
-                "finished": None,
-                "fingerprint": recipe.fingerprint(),
-                **environment_record(),
-            }
-        )
-        return folder
+            raise MachineError(f"training.output_dir: cannot create {path} ({error.strerror or error})") from None
+        return cls(path)
 
     @classmethod
     def open(cls, name: str | Path, root: str | Path = "runs") -> RunFolder:
@@ -144,7 +148,11 @@ class RunFolder:
 
     def record(self) -> dict[str, Any]:
         """run.json."""
-        record: dict[str, Any] = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        path = self.path / "run.json"
+        try:
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TunelabError(f"{path}: damaged ({error}); restore it, or move {self.path} elsewhere") from None
         return record
 
     def write_record(self, record: Mapping[str, Any]) -> None:
@@ -173,12 +181,26 @@ class RunFolder:
     def samples(self) -> list[dict[str, Any]]:
         return list(self._lines("samples.jsonl"))
 
-    def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: a resumed run writes it again."""
+    def rewind(self, step: int, evaluated: int) -> None:
+        """Forget what a resumed run will write again: training after `step`, evaluations after step `evaluated`."""
         for name in ("metrics.jsonl", "samples.jsonl"):
-            kept = [row for row in self._lines(name) if row["step"] <= step]
-            if (self.path / name).exists():
-                write_atomically(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+            if not (self.path / name).exists():
+                continue
+            rows = self._lines(name)
+            kept = [row for row in rows if row["step"] <= (step if row.get("phase") == "train" else evaluated)]
+            write_atomically(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training this run. Raises ConfigError if one already does."""
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{self.path}: another process is training this run; wait for it, or stop it"
+                ) from None
+            yield
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
@@ -195,6 +217,13 @@ class RunFolder:
             except json.JSONDecodeError:
                 if index < len(lines) - 1:
                     raise
+
+
+def _free_name(root: Path, recipe: Recipe) -> str:
+    model = Path(recipe.model.name.rstrip("/")).name.split(".gguf")[0].lower()
+    stem = f"{recipe.method.name}-{model}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    names = (stem if number == 1 else f"{stem}-{number}" for number in itertools.count(1))
+    return next(name for name in names if not (root / name).exists())
 
 
 def list_runs(root: str | Path = "runs") -> list[RunFolder]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ from tunelab import cost
 from tunelab.config import Recipe
 from tunelab.data import Dataset, GenerationPrompt, Loader, fixed_sample, pack, stop_strings
 from tunelab.evaluation.heldout import evaluate_objective
+from tunelab.manifest import checkpoint_name
 from tunelab.models.generation import GenerationSettings, generate
 from tunelab.objectives import Objective
 from tunelab.optim import Schedule
 from tunelab.parallel import peak_memory_bytes
 from tunelab.progress import Progress
 from tunelab.runs import RunFolder
-from tunelab.training.checkpoint import checkpoint_name, point_best, prune_checkpoints, save_checkpoint
+from tunelab.training.checkpoint import point_best, prune_checkpoints, save_checkpoint
 from tunelab.training.loop import Hook, StopRequested, run_loop
 from tunelab.training.signals import StopSignal
 from tunelab.training.state import TrainState
@@ -44,6 +46,12 @@ class TrainingData:
     eval: Dataset | None
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest single sequence."""
+        datasets = [self.train] if self.eval is None else [self.train, self.eval]
+        return max(len(e.prompt_ids) + len(c.ids) for d in datasets for e in d.examples for c in e.completions)
+
+    @cached_property
     def overlap(self) -> int:
         """Eval records that are trained on as well, token for token: what they measure is memory."""
         if self.eval is None:
@@ -86,7 +94,6 @@ class Session:
     reference: dict[str, np.ndarray]
     prompts: list[GenerationPrompt]
     trackers: list[Tracker]
-    fingerprints: dict[str, Any]
     shape: cost.ModelShape
     meter: cost.ThroughputMeter
     progress: Progress
@@ -256,7 +263,7 @@ def _save(session: Session) -> None:
     run, state = session.run, session.state
     best = state.evaluation.best_step
     with session.meter.pause(), _timed(state, "checkpoint"):
-        path = save_checkpoint(run.checkpoints, state, session.fingerprints)
+        path = save_checkpoint(run.checkpoints, state, run.record()["fingerprints"])
         best_path = run.checkpoints / checkpoint_name(best) if best is not None else None
         if best_path is not None and best_path.exists():
             point_best(run.path / "best", best_path)

@@ -5,9 +5,10 @@ config → data → model → objective → optimizer → training loop → eval
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,27 +20,34 @@ from tunelab import cost
 from tunelab.config import DPOConfig, ModelConfig, Recipe
 from tunelab.data import Dataset, GenerationPrompt, Loader, fixed_sample, generation_prompts, load_records, prepare
 from tunelab.errors import ConfigError, DivergedError, Interrupted
+from tunelab.manifest import list_checkpoints
 from tunelab.models.checkpointing import enable_checkpointing
 from tunelab.models.engine import choose_layout
 from tunelab.models.loaded import LoadedModel
 from tunelab.models.loading import load_context_length, load_model, load_tokenizer
 from tunelab.objectives import Objective, build_objective
 from tunelab.optim import build_optimizer, build_schedule
-from tunelab.parallel import resolve_device, resolve_precision, seed_everything, set_threads
+from tunelab.parallel import (
+    deterministic,
+    device_name,
+    reset_peak_memory,
+    resolve_device,
+    resolve_precision,
+    seed_everything,
+    set_threads,
+)
 from tunelab.progress import Progress
 from tunelab.runs import RunFolder, environment_record, now
 from tunelab.session import Plan, Session, TrainingData, run_session
 from tunelab.training.checkpoint import (
     latest_valid_checkpoint,
-    list_checkpoints,
-    read_numbers,
     restore_checkpoint,
 )
 from tunelab.training.loop import StopRequested
 from tunelab.training.reference import reference_logprobs
 from tunelab.training.signals import StopSignal, catch_stop_signals
 from tunelab.training.state import TrainState
-from tunelab.training.trackers import build_trackers
+from tunelab.training.trackers import build_trackers, check_trackers
 
 
 def train(
@@ -51,11 +59,23 @@ def train(
     saving, when stopped by a signal.
     """
     began = time.perf_counter()
-    with catch_stop_signals() as stop:
+    with catch_stop_signals() as stop, deterministic():
+        if resume is None:
+            RunFolder.check_name(recipe)
         plan = plan_run(recipe, progress)
+        set_threads(recipe.training.num_threads)
+        drift = [] if resume is None else check_drift(resume, plan, allow_drift, progress)
         run = resume or RunFolder.create(recipe)
-        with _recorded(run, stop):
-            session = _prepare(run, plan, progress, stop, resume is not None, allow_drift)
+        with run.locked(), _recorded(run, stop):
+            run.write_recipe(recipe)
+            run.update(
+                status="running",
+                finished=None,
+                error=None,
+                fingerprint=recipe.fingerprint(),
+                fingerprints=_fingerprints(plan),
+            )
+            session = _prepare(run, plan, progress, stop, drift if resume is not None else None)
             session.state.counters.add_seconds("loading", time.perf_counter() - began)
             try:
                 finished = run_session(session)
@@ -114,69 +134,68 @@ def load_data(recipe: Recipe, tokenizer: Any, progress: Progress) -> TrainingDat
 def check_recipe(recipe: Recipe) -> None:
     """What can be refused before data or weights are read. Raises ConfigError or MachineError."""
     resolve_precision(recipe.model.precision, resolve_device(recipe.model.device))
+    check_trackers(recipe.tracking.trackers)
     if recipe.evaluation.early_stopping_patience is not None and recipe.data.eval is None:
         raise ConfigError("evaluation.early_stopping_patience: needs eval data; set data.eval")
-    context = load_context_length(recipe.model)
-    if context is not None and recipe.data.max_length > context:
-        raise ConfigError(
-            f"data.max_length: {recipe.data.max_length} is more than the {context} positions of {recipe.model.name}; "
-            f"set it to {context} or less"
-        )
+    models = [recipe.model]
+    if isinstance(recipe.method, DPOConfig) and recipe.method.reference is not None:
+        models.append(recipe.model.at(recipe.method.reference))
+    for model in models:
+        context = load_context_length(model)
+        if context is not None and recipe.data.max_length > context:
+            raise ConfigError(
+                f"data.max_length: {recipe.data.max_length} is more than the {context} positions of {model.name}; "
+                f"set it to {context} or less"
+            )
+        if context is not None and recipe.evaluation.generation_prompts and recipe.evaluation.max_new_tokens >= context:
+            raise ConfigError(
+                f"evaluation.max_new_tokens: {recipe.evaluation.max_new_tokens} leave no room for a prompt in the "
+                f"{context} positions of {model.name}; set it lower, or evaluation.generation_prompts to 0"
+            )
 
 
 # --- model → objective → optimizer ----------------------------------------------------------------------------------
 
 
-def _prepare(
-    run: RunFolder, plan: Plan, progress: Progress, stop: StopSignal, resuming: bool, allow_drift: bool
-) -> Session:
-    """Build model, objective, reference, optimizer and state; restore the newest good checkpoint when resuming."""
+def _prepare(run: RunFolder, plan: Plan, progress: Progress, stop: StopSignal, drift: list[str] | None) -> Session:
+    """Build model, objective, reference, optimizer and state; `drift` is not None when the run is resumed, and its
+    newest good checkpoint is restored then.
+    """
     recipe = plan.recipe
-    threads = set_threads(recipe.training.num_threads)
     seed_everything(recipe.training.seed)
-    # Same kernels in the same order, so that a resumed run gives the same bits. warn_only: a model may need an
-    # operation that has no deterministic CUDA kernel.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-    trackers = build_trackers(recipe.tracking.trackers, recipe.tracking.project, run.path, recipe.resolved())
-    checkpoint = latest_valid_checkpoint(run.checkpoints, progress.note) if resuming else None
-    if resuming and checkpoint is None:
-        progress.note("no checkpoint was saved yet: starting from the beginning")
-        run.rewind(-1)
+    checkpoint = None
+    if drift is not None:
+        checkpoint = latest_valid_checkpoint(run.checkpoints, progress.note)
+        if checkpoint is None:
+            progress.note("no checkpoint was saved yet: starting from the beginning")
+            run.rewind(-1, -1)
 
     objective = build_objective(recipe.method)
     reference, loaded = _reference_and_model(plan, objective, checkpoint, progress, stop)
-    if loaded.layout == "padded":
-        progress.note(f"layout: padded ({loaded.layout_reason})")
+    _check_same_reference(run, reference)
+    reset_peak_memory(loaded.device)
     if recipe.training.gradient_checkpointing:
         enable_checkpointing(loaded.model)
-
     optimizer = build_optimizer(loaded.model.named_parameters(), recipe.optimizer, loaded.device.type)
     scaler = torch.amp.GradScaler(loaded.device.type) if loaded.precision.needs_scaler else None
     state = TrainState(loaded, optimizer, scaler)
-    fingerprints = _fingerprints(plan, loaded, threads)
-    drift: list[str] = []
     if checkpoint is not None:
-        drift = _check_drift(read_numbers(checkpoint)["fingerprints"], fingerprints, allow_drift, progress)
         restore_checkpoint(checkpoint, state)
-        run.rewind(state.step)
+        run.rewind(state.step, state.evaluation.last_step)
         progress.note(f"resuming after step {state.step}")
 
-    resumes = list(run.record().get("resumes", []))
-    if resuming:
-        resumes.append({"time": now(), "step": state.step, "drift": drift})
-        run.write_recipe(recipe)
-    run.update(status="running", error=None, resumes=resumes, data=plan.data.record(), model=_describe(loaded))
+    if drift is not None:
+        resumes = [*run.record().get("resumes", []), {"time": now(), "step": state.step, "drift": drift}]
+        run.update(resumes=resumes)
+    run.update(data=plan.data.record(), model=_describe(recipe, loaded))
     return Session(
         run=run,
         plan=plan,
         state=state,
         objective=objective,
         reference=reference,
-        prompts=_generation_prompts(plan, loaded),
-        trackers=trackers,
-        fingerprints=fingerprints,
+        prompts=_generation_prompts(plan, loaded, progress),
+        trackers=build_trackers(recipe.tracking.trackers, recipe.tracking.project, run.path, recipe.resolved()),
         shape=cost.ModelShape.of(loaded.model),
         meter=cost.ThroughputMeter(),
         progress=progress,
@@ -192,7 +211,8 @@ def _reference_and_model(
     reference: dict[str, np.ndarray] = {}
     loaded: LoadedModel | None = None
     if objective.needs_reference and isinstance(recipe.method, DPOConfig):
-        loaded = _load(start.at(recipe.method.reference) if recipe.method.reference else start, progress)
+        place = recipe.method.reference
+        loaded = _load(start.at(place) if place else start, plan.data.longest, progress)
         if recipe.method.reference is not None:
             _check_same_tokens(recipe, loaded)
         wanted = _records_needing_a_reference(plan)
@@ -201,7 +221,7 @@ def _reference_and_model(
         if recipe.method.reference is not None or checkpoint is not None:
             loaded = None
     if loaded is None:
-        loaded = _load(start if checkpoint is None else start.at(str(checkpoint)), progress)
+        loaded = _load(start if checkpoint is None else start.at(str(checkpoint)), plan.data.longest, progress)
     return reference, loaded
 
 
@@ -216,11 +236,14 @@ def _records_needing_a_reference(plan: Plan) -> dict[str, tuple[Dataset, np.ndar
     return wanted
 
 
-def _generation_prompts(plan: Plan, loaded: LoadedModel) -> list[GenerationPrompt]:
+def _generation_prompts(plan: Plan, loaded: LoadedModel, progress: Progress) -> list[GenerationPrompt]:
     config, context = plan.recipe.evaluation, loaded.context_length
     room = None if context is None else context - config.max_new_tokens
     dataset, seed = plan.data.eval or plan.data.train, plan.recipe.training.seed
-    return generation_prompts(dataset, loaded.tokenizer, config.generation_prompts, seed, room)
+    prompts = generation_prompts(dataset, loaded.tokenizer, config.generation_prompts, seed, room)
+    if len(prompts) < min(config.generation_prompts, len(dataset)):
+        progress.note(f"only {len(prompts)} prompts leave room for {config.max_new_tokens} new tokens")
+    return prompts
 
 
 def _check_same_tokens(recipe: Recipe, reference: LoadedModel) -> None:
@@ -231,19 +254,20 @@ def _check_same_tokens(recipe: Recipe, reference: LoadedModel) -> None:
         )
 
 
-def _load(config: ModelConfig, progress: Progress) -> LoadedModel:
+def _load(config: ModelConfig, longest: int, progress: Progress) -> LoadedModel:
     loaded = load_model(config)
-    choose_layout(loaded, config.layout)
+    choose_layout(loaded, config.layout, longest)
+    why = f" ({loaded.layout_reason})" if loaded.layout == "padded" else ""
     progress.note(
         f"model: {config.name}, {loaded.num_parameters / 1e6:.1f} M parameters, "
-        f"{loaded.device.type}, {loaded.precision.name}, {loaded.layout} rows"
+        f"{loaded.device.type}, {loaded.precision.name}, {loaded.layout} rows{why}"
     )
     return loaded
 
 
-def _describe(loaded: LoadedModel) -> dict[str, Any]:
+def _describe(recipe: Recipe, loaded: LoadedModel) -> dict[str, Any]:
     return {
-        "source": loaded.source,
+        "source": recipe.model.name,
         "architecture": type(loaded.model).__name__,
         "parameters": loaded.num_parameters,
         "device": str(loaded.device),
@@ -253,34 +277,59 @@ def _describe(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _fingerprints(plan: Plan, loaded: LoadedModel, threads: int) -> dict[str, Any]:
+def _fingerprints(plan: Plan) -> dict[str, Any]:
     """What must not change between the sessions of a run if its bits are to be the same."""
     data, versions = plan.data, environment_record()["versions"]
+    device = resolve_device(plan.recipe.model.device)
     return {
         "recipe": plan.recipe.fingerprint(),
         "train data": data.train.fingerprint,
         "eval data": data.eval.fingerprint if data.eval else None,
         "torch": versions["torch"],
         "transformers": versions["transformers"],
-        "device": loaded.device.type,
-        "precision": loaded.precision.name,
-        "layout": loaded.layout,
-        "threads": threads,
+        "device": device_name(device),
+        "precision": resolve_precision(plan.recipe.model.precision, device).name,
+        "threads": set_threads(None),
         "world size": 1,
     }
 
 
-def _check_drift(before: dict[str, Any], current: dict[str, Any], allow: bool, progress: Progress) -> list[str]:
-    """What changed since the checkpoint, as sentences for the record. Raises ConfigError unless it is allowed."""
-    changed = [f"{key} ({before.get(key)} → {current.get(key)})" for key in current if before.get(key) != current[key]]
-    if changed and not allow:
+def check_drift(run: RunFolder, plan: Plan, allow: bool, progress: Progress) -> list[str]:
+    """What changed since the run's last session, in words. Raises ConfigError unless it is allowed.
+
+    The recipe is compared by key, so that what changed can be named.
+    """
+    before, current = run.record().get("fingerprints", {}), _fingerprints(plan)
+    changed = [key for key in before if before[key] != current.get(key)]
+    told = [
+        key if key.endswith("data") else f"{key} ({before[key]} → {current.get(key)})"
+        for key in changed
+        if key != "recipe"
+    ]
+    if "recipe" in changed:
+        told += [f"{key} ({old} → {new})" for key, old, new in run.recipe().differences(plan.recipe)]
+    if told and not allow:
         raise ConfigError(
-            f"--resume: changed since the checkpoint: {', '.join(changed)}; the result would not be the unbroken "
-            "run's. Restore it, or accept with --allow-drift"
+            f"--resume: changed since the run began: {', '.join(told)}; the result would not be the unbroken run's. "
+            "Restore it, or accept with --allow-drift"
         )
-    if changed:
-        progress.note(f"drift accepted: {', '.join(changed)}")
-    return changed
+    if told:
+        progress.note(f"drift accepted: {', '.join(told)}")
+    return told
+
+
+def _check_same_reference(run: RunFolder, reference: dict[str, np.ndarray]) -> None:
+    """The reference is a model elsewhere (another run, a hub name) and may have moved on between two sessions."""
+    if not reference:
+        return
+    digest = hashlib.sha256(b"".join(values.tobytes() for values in reference.values())).hexdigest()
+    before = run.record().get("reference")
+    if before not in (None, digest):
+        raise ConfigError(
+            "--resume: the reference model's log-probabilities are not those the run began with: the model it started "
+            "from has changed. Restore that model, or start a new run"
+        )
+    run.update(reference=digest)
 
 
 # --- the run record -------------------------------------------------------------------------------------------------
@@ -289,6 +338,7 @@ def _check_drift(before: dict[str, Any], current: dict[str, Any], allow: bool, p
 @contextmanager
 def _recorded(run: RunFolder, stop: StopSignal) -> Iterator[None]:
     """Whatever ends the run, run.json says so; a stop becomes an error that names the command to continue."""
+    before = run.record()["status"]
     try:
         yield
     except StopRequested:
@@ -298,11 +348,13 @@ def _recorded(run: RunFolder, stop: StopSignal) -> Iterator[None]:
         raise Interrupted(
             f"stopped ({where}); continue with: tunelab {method} --resume {run.path}", stop.exit_code
         ) from None
-    except DivergedError as error:
-        run.update(status="diverged", finished=now(), error=str(error))
-        raise
     except Exception as error:
-        run.update(status="failed", finished=now(), error=str(error) or type(error).__name__)
+        if isinstance(error, ConfigError) and before != "created":
+            status = before  # a refused resume leaves a run what it was
+        else:
+            status = "diverged" if isinstance(error, DivergedError) else "failed"
+        with suppress(OSError):  # the disk that filled up holds run.json too; the error itself matters more
+            run.update(status=status, finished=now(), error=str(error) or type(error).__name__)
         raise
 
 

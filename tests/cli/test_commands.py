@@ -149,8 +149,9 @@ class TestEvaluate:
         lines = ended.out.splitlines()
         assert lines[0] == "3 records of builtin:helpful-mini, 95% intervals"
         assert lines[2].split() == ["base", "sft", "dpo"]
-        rows = [line.split()[0] for line in lines[3:7]]
-        assert rows == ["eval/nll", "eval/perplexity", "preference/accuracy", "preference/margin"]
+        metrics = json.loads((runs_dir / "dpo" / "evaluation.json").read_text())["arms"][0]["metrics"]
+        assert len(metrics) >= 4
+        assert [line.split()[0] for line in lines[3 : 3 + len(metrics)]] == list(metrics)
         assert [line for line in lines if line.startswith("[")] == ["[base]", "[sft]", "[dpo]", "[data]"]
         assert "evaluating dpo 3/3" in ended.err
 

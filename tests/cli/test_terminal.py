@@ -66,9 +66,11 @@ class TerminalSession:
         os.write(self.master, text.encode())
 
     def end(self) -> int:
-        """Read to the end; the exit code."""
+        """Read to the end; the exit code. A child that does not end is killed, and fails the test."""
+        end = time.monotonic() + PATIENCE
         while self._read() and self.child.poll() is None:
-            pass
+            if time.monotonic() > end:
+                self.child.kill()
         self._read()
         os.close(self.master)
         return self.child.wait(PATIENCE)
@@ -96,7 +98,7 @@ def test_a_conversation(tmp_path: Path) -> None:
     terminal.type("Hello\n")
     terminal.wait_for(r"Hello\r\n(?s:.*)> $")
     terminal.type("/reset\n")
-    terminal.wait_for("The session starts anew")
+    terminal.wait_for(r"The session starts anew\.(?s:.*)> $")  # readline reads again: before, Ctrl-D would be lost
     terminal.type("\x04")
     assert terminal.end() == 0
     assert "Traceback" not in terminal.shown

@@ -188,7 +188,11 @@ def test_gradient_checkpointing_changes_nothing(kind: str) -> None:
     batch, _ = make_row(ROWS["several pairs"])
     expected = gradients(model, packed_logprobs(model, batch))
     enable_checkpointing(model)
+    forwards: list[int] = []
+    blocks = model.transformer.h if kind == "gpt2" else model.model.layers
+    next(blocks[0].children()).register_forward_pre_hook(lambda *_: forwards.append(1))
     found = gradients(model, packed_logprobs(model, batch))
+    assert len(forwards) == 2, "the block must be computed once more in backward"
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-7)
 
@@ -240,3 +244,35 @@ def test_attention_that_ignores_the_interface_is_refused() -> None:
     reason = enable_packing(MistralForCausalLM(config).eval())
     assert reason is not None
     assert "sliding_window" in reason
+
+
+def test_a_window_wider_than_every_sequence_packs_whatever_the_row() -> None:
+    """The window is per sequence: a row of many short ones may be far longer (Mistral, Phi-3)."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=20, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    batch, sequences = make_row([(5, [7]), (3, [9]), (8, [2]), (9, [8, 8])])
+    expected = oracle_logprobs(model, sequences)
+    assert batch.num_tokens > 20
+    assert enable_packing(model, longest=17) is None
+    torch.testing.assert_close(packed_logprobs(model, batch), expected, rtol=1e-5, atol=2e-5)
+    reason = enable_packing(MistralForCausalLM(config).eval(), longest=21)
+    assert reason == "its attention slides over 20 tokens, and sequences may have 21"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_ignore_segments_are_found_out_in_any_precision(dtype: torch.dtype) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)).to(dtype).eval()
+    assert enable_packing(model) is not None
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_bf16_weights_pack(kind: str) -> None:
+    assert enable_packing(build(kind).to(torch.bfloat16)) is None

@@ -21,7 +21,7 @@ def build_tiny(seed: int = 0) -> LoadedModel:
     )  # fmt: skip
     device = torch.device("cpu")
     loaded = LoadedModel(GPT2LMHeadModel(config), tokenizer, "tiny", device, resolve_precision("float32", device))
-    choose_layout(loaded, "packed")
+    choose_layout(loaded, "packed", 128)
     return loaded
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,17 +12,16 @@ import torch
 
 from tests.training.conftest import build_tiny
 from tunelab.config import AdamWConfig, SGDConfig
+from tunelab.errors import MachineError
+from tunelab.manifest import CorruptCheckpoint, list_checkpoints, verify_checkpoint
 from tunelab.optim import build_optimizer
 from tunelab.training import checkpoint as room
 from tunelab.training.checkpoint import (
-    CorruptCheckpoint,
     latest_valid_checkpoint,
-    list_checkpoints,
     point_best,
     prune_checkpoints,
     restore_checkpoint,
     save_checkpoint,
-    verify_checkpoint,
 )
 from tunelab.training.state import TrainState
 
@@ -95,9 +96,23 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(tmp_path:
     assert latest_valid_checkpoint(tmp_path, said.append) == older
     assert len(said) == 1
     assert "optimizer.safetensors: has another size" in said[0]
+    # The damaged step is trained again, and what is saved then is whole.
+    verify_checkpoint(save_checkpoint(tmp_path, state, {}))
 
 
-@pytest.mark.parametrize("moment", ["save_model", "save_file", "_digest", "_fsync"])
+def test_a_step_is_saved_again_once_its_evaluation_was_made(tmp_path: Path) -> None:
+    """A stop during an evaluation saves the step without it; the resumed session makes it and must not lose it."""
+    state = make_state()
+    save_checkpoint(tmp_path, state, {})
+    state.evaluation.last_step = state.step
+    state.evaluation.note(state.step, loss=1.5, threshold=0.0)
+    path = save_checkpoint(tmp_path, state, {})
+    verify_checkpoint(path)
+    assert room.read_numbers(path)["evaluation"]["best_loss"] == 1.5
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000003"]
+
+
+@pytest.mark.parametrize("moment", ["save_model", "save_file", "write_manifest", "_fsync"])
 def test_a_kill_at_any_moment_of_saving_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -122,21 +137,20 @@ def test_a_kill_at_any_moment_of_saving_leaves_the_one_before(
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith("tmp-")] == []
 
 
-def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-
-    from tunelab.errors import MachineError
-
+def test_a_full_disk_is_one_line_and_harms_nothing(tmp_path: Path) -> None:
+    """A real one: files may not grow beyond 64 kB, and safetensors says so in its own words."""
     state = make_state()
     older = save_checkpoint(tmp_path, state, {})
     advance(state)
-
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(room, "save_file", full)
-    with pytest.raises(MachineError, match=r"No space left on device\); free some disk space and resume"):
-        save_checkpoint(tmp_path, state, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
+    try:
+        with pytest.raises(MachineError, match=r"could not be written \(.*\); free some disk space and resume"):
+            save_checkpoint(tmp_path, state, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
     assert list(tmp_path.iterdir()) == [older]
 
 

@@ -231,7 +231,7 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     """What is measured while training."""
 
-    eval_steps: Count | None = Field(None, description="default: about ten times a run")
+    eval_steps: Count | None = Field(None, description="default: five times a run")
     eval_samples: Count = Field(200, description="fixed random records of each of train and eval")
     per_device_eval_batch_size: Count = 8
     early_stopping_patience: Count | None = Field(None, description="evaluations without improvement before stopping")
@@ -275,10 +275,27 @@ class Recipe(Section):
         """Every value, defaults included, as plain JSON-able data."""
         return self.model_dump(mode="json")
 
+    def differences(self, other: Recipe) -> list[tuple[str, Any, Any]]:
+        """(key path, value here, value there) of every key that differs and can change the numbers."""
+        here, there = _flat(self._decisive()), _flat(other._decisive())
+        keys = [*here, *(key for key in there if key not in here)]
+        return [(key, here.get(key), there.get(key)) for key in keys if here.get(key) != there.get(key)]
+
     def fingerprint(self) -> str:
-        """SHA-256 of everything that can change the numbers: all but names, folders, trackers and logging."""
+        """SHA-256 of everything that can change the numbers."""
+        return hashlib.sha256(json.dumps(self._decisive(), sort_keys=True).encode()).hexdigest()
+
+    def _decisive(self) -> dict[str, Any]:
+        """The resolved recipe without names, folders, trackers and logging."""
         data = self.resolved()
         del data["tracking"]
         for key in ("output_dir", "run_name", "logging_steps", "save_steps", "save_total_limit"):
             del data["training"][key]
-        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+        return data
+
+
+def _flat(node: Any, path: str = "") -> dict[str, Any]:
+    """Nested sections as {"training.seed": 0, …}."""
+    if not isinstance(node, dict):
+        return {path: node}
+    return {k: v for key, value in node.items() for k, v in _flat(value, f"{path}.{key}".lstrip(".")).items()}

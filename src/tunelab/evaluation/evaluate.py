@@ -34,7 +34,7 @@ from tunelab.evaluation.heldout import RecordScores, score_records
 from tunelab.evaluation.statistics import Interval, bootstrap_mean, bootstrap_paired
 from tunelab.models.engine import choose_layout
 from tunelab.models.generation import GenerationSettings, generate
-from tunelab.models.loading import load_model, load_tokenizer
+from tunelab.models.loading import load_context_length, load_model, load_tokenizer
 from tunelab.progress import Progress
 from tunelab.runs import RunFolder, lineage, write_atomically
 from tunelab.types import PreferencePair
@@ -68,8 +68,10 @@ def evaluate_run(
     recipe = run.recipe()
     if data is None and recipe.data.eval is None:
         raise ConfigError(f"{run.path}: its recipe names no eval data; give some with --data FILE")
-    dataset = _load_heldout(recipe, data)
     arms = arms_of(run)
+    for arm in arms:
+        load_context_length(arm.model)  # a stage without a checkpoint is found before any model is scored
+    dataset = _load_heldout(recipe, data)
     sample = np.arange(len(dataset))
     if limit is not None:
         sample = fixed_sample(len(dataset), limit, seed)
@@ -106,12 +108,13 @@ def compare_arms(
 ) -> dict[str, Any]:
     """Scores, intervals, paired differences and answers of every arm on the same records; one model at a time."""
     scores: dict[str, RecordScores] = {}
+    longest = max(len(e.prompt_ids) + len(c.ids) for e in dataset.examples for c in e.completions)
     answers: list[dict[str, str]] = [{} for _ in prompts]
     for arm in arms:
         task = f"evaluating {arm.name}"
         progress.start(task, len(sample))
         loaded = load_model(arm.model)
-        choose_layout(loaded, arm.model.layout)
+        choose_layout(loaded, arm.model.layout, longest)
         scores[arm.name] = score_records(
             loaded,
             dataset,
@@ -144,9 +147,9 @@ def _load_heldout(recipe: Recipe, source: str | None) -> Dataset:
     config = recipe.data
     path = source or config.eval
     assert path is not None, "checked by the caller"
-    records = load_records(
-        path, split=config.eval_split, subset=config.subset, on_error=config.on_error, limit=config.limit_eval
-    )
+    # The limit is of the recipe's own eval data; another source is read whole.
+    limit = config.limit_eval if source is None else None
+    records = load_records(path, split=config.eval_split, subset=config.subset, on_error=config.on_error, limit=limit)
     pairs = isinstance(records.records[0], PreferencePair)
     return prepare(
         records,

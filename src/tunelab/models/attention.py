@@ -44,10 +44,13 @@ def packed_attention(
     """
     if attention_mask is not None:
         raise ValueError("packed attention takes no attention mask")
-    for name in ("softcap", "sliding_window", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None and not _window_is_wide_enough(name, kwargs[name], query.shape[2]):
-            raise ValueError(f"packed attention does not implement {name}")
     segments = packed_segments or (Segment(0, query.shape[2]),)
+    longest = max(segment.prefix_length + segment.stop - segment.start for segment in segments)
+    for name in ("softcap", "sliding_window", "s_aux", "position_bias"):
+        setting = kwargs.get(name)
+        # A sliding window no shorter than the longest sequence never hides anything.
+        if setting is not None and not (name == "sliding_window" and isinstance(setting, int) and setting >= longest):
+            raise ValueError(f"packed attention does not implement {name} {setting}")
     grouped = query.shape[1] != key.shape[1]
     outputs = []
     for segment in segments:
@@ -76,11 +79,6 @@ def packed_attention(
 def _bottom_right_causal(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     """(Q, K) bool, True = attend: the last query sees every key. SDPA's own `is_causal` aligns top-left."""
     return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
-
-
-def _window_is_wide_enough(name: str, value: Any, num_tokens: int) -> bool:
-    """A sliding window no shorter than the whole row never hides anything."""
-    return name == "sliding_window" and isinstance(value, int) and value >= num_tokens
 
 
 def register_packed_attention() -> None:

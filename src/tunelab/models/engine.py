@@ -17,15 +17,16 @@ from tunelab.models.padded import padded_logprobs
 from tunelab.types import Batch
 
 
-def choose_layout(loaded: LoadedModel, layout: Literal["auto", "packed", "padded"]) -> None:
-    """Set `loaded.layout`, and why. `auto` takes the packed layout where the model computes the same in it.
+def choose_layout(loaded: LoadedModel, layout: Literal["auto", "packed", "padded"], longest: int) -> None:
+    """Set `loaded.layout`, and why. `auto` takes the packed layout where the model computes the same in it, for
+    sequences of up to `longest` tokens.
 
     Raises ConfigError if `packed` is asked for and the model cannot.
     """
     if layout == "padded":
         loaded.layout, loaded.layout_reason = "padded", "asked for by model.layout"
         return
-    reason = enable_packing(loaded.model)
+    reason = enable_packing(loaded.model, longest)
     if reason is None:
         loaded.layout, loaded.layout_reason = "packed", "verified against the plain model"
     elif layout == "packed":

@@ -25,9 +25,10 @@ class _TokenLogprobs(torch.autograd.Function):
         num = hidden.shape[0]
         logprobs = torch.empty(num, dtype=torch.float32, device=hidden.device)
         logsumexp = torch.empty_like(logprobs)
+        cast = weight.to(hidden.dtype)
         for start in range(0, num, chunk_size):
             rows = slice(start, start + chunk_size)
-            logits = _logits(hidden[rows], weight, bias)
+            logits = _logits(hidden[rows], cast, bias)
             logsumexp[rows] = torch.logsumexp(logits, dim=-1)
             logprobs[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logsumexp[rows]
         ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
@@ -46,7 +47,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
             # softmax − onehot, scaled by −grad, built in place in the one chunk of logits.
-            grad_logits = _logits(hidden[rows], weight, bias).sub_(logsumexp[rows, None]).exp_()
+            grad_logits = _logits(hidden[rows], cast, bias).sub_(logsumexp[rows, None]).exp_()
             grad_logits.mul_(-grad[rows, None])
             grad_logits.scatter_add_(1, targets[rows, None], grad[rows, None].float())
             if grad_bias is not None:
@@ -69,8 +70,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(s, V) float32 logits; the product runs in the hidden states' precision, as under autocast."""
-    logits = (hidden @ weight.to(hidden.dtype).T).float()
+    """(s, V) float32 logits; `weight` is cast, so the product runs in the hidden states' precision, as in autocast."""
+    logits = (hidden @ weight.T).float()
     return logits if bias is None else logits + bias.float()
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from tunelab.config import ModelConfig
 from tunelab.errors import ConfigError, did_you_mean
+from tunelab.manifest import MANIFEST, list_checkpoints, verify_checkpoint
 from tunelab.models.builtin import BUILTIN_MODELS
 
 Kind = Literal["builtin", "folder", "gguf", "hub"]
@@ -64,8 +65,11 @@ def check_weights(folder: Path) -> None:
     """The folder holds whole safetensors files. Raises ConfigError naming the first that is missing or damaged.
 
     Pickled weights are refused: reading them runs code. Headers are compared with file sizes, which finds a download
-    or copy that was cut short; transformers finds the same only after building the model.
+    or copy that was cut short; transformers finds the same only after building the model. A checkpoint of a run is
+    compared with its manifest, which finds a flipped bit.
     """
+    if folder.joinpath(MANIFEST).is_file():
+        verify_checkpoint(folder, model_only=True)
     if not folder.joinpath("config.json").is_file():
         raise ConfigError(f"model.name: {folder} is no model folder: it has no config.json{_found(folder)}")
     for file in _weight_files(folder):
@@ -118,10 +122,10 @@ def _checkpoint_of_run(run: Path, key: str) -> Path:
         if not best.is_dir():
             raise ConfigError(f"{key}: {best} points to {best.readlink()}, which is gone; name a checkpoint instead")
         return best.resolve()
-    steps = [path for path in run.glob("checkpoints/step-*") if path.name[len("step-") :].isdigit()]
+    steps = list_checkpoints(run / "checkpoints")
     if not steps:
         raise ConfigError(f"{key}: the run {run} has no checkpoint yet; resume it, or name another model")
-    return max(steps, key=lambda path: int(path.name[len("step-") :]))
+    return steps[-1]
 
 
 def _looks_like_a_path(name: str) -> bool:

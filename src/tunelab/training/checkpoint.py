@@ -12,7 +12,6 @@ the one before. Prune only after the new one verified.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -21,38 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tunelab.errors import MachineError, TunelabError
+from tunelab.errors import MachineError
+from tunelab.manifest import CorruptCheckpoint, checkpoint_name, list_checkpoints, verify_checkpoint, write_manifest
 from tunelab.models.saving import save_model
 from tunelab.parallel import capture_rng, restore_rng
 from tunelab.training.state import TrainState
 
-MANIFEST = "manifest.json"
-
-
-class CorruptCheckpoint(TunelabError):  # noqa: N818
-    """A checkpoint whose files are missing, short or changed since they were written."""
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:06d}"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first. Temporary folders of a killed save are not among them."""
-    return sorted(p for p in folder.glob("step-*") if p.is_dir())
-
 
 def save_checkpoint(folder: Path, state: TrainState, fingerprints: Mapping[str, Any]) -> Path:
-    """Write `state` under `folder` atomically and return its path; a finished one of the same step is left alone.
+    """Write `state` under `folder` atomically and return its path; one that already holds this very state is kept.
 
-    `fingerprints`: whatever must be the same when the run resumes. Raises MachineError if the disk is full; the
-    checkpoints before stay as they are.
+    (The loop saves where it stops, and a hook may just have done so.) `fingerprints`: what the run was made with.
+    Raises MachineError if the disk is full; the checkpoints before stay as they are.
     """
     final = folder / checkpoint_name(state.step)
-    if (final / MANIFEST).exists():
+    if final.exists() and _holds(final, state):
         return final
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("tmp-*"):
@@ -70,47 +56,56 @@ def save_checkpoint(folder: Path, state: TrainState, fingerprints: Mapping[str, 
             "fingerprints": dict(fingerprints),
         }
         (temporary / "state.json").write_text(json.dumps(numbers, indent=1))
-        manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps({"schema_version": 1, "files": manifest}, indent=1))
+        write_manifest(temporary)
         for path in temporary.iterdir():
             _fsync(path)
         _fsync(temporary)
-        if final.exists():  # an unfinished folder of this name: no manifest
-            shutil.rmtree(final)
+        if final.exists():  # the same step with another evaluation state; see `_holds`
+            _set_aside(final)
         temporary.rename(final)
         _fsync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise MachineError(
-            f"{final}: the checkpoint could not be written ({error.strerror or error}); free some disk space and "
-            "resume: earlier checkpoints are untouched"
+            f"{final}: the checkpoint could not be written ({reason}); free some disk space and resume: earlier "
+            "checkpoints are untouched"
         ) from error
     return final
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Compare every file with the manifest. Raises CorruptCheckpoint naming the first file that differs."""
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        raise CorruptCheckpoint(f"{path}: {MANIFEST} is missing or unreadable") from None
-    for name, expected in files.items():
-        if not (path / name).is_file():
-            raise CorruptCheckpoint(f"{path / name}: missing")
-        if (path / name).stat().st_size != expected["bytes"]:
-            raise CorruptCheckpoint(f"{path / name}: has another size than when it was written")
-        if _digest(path / name) != expected:
-            raise CorruptCheckpoint(f"{path / name}: its sha256 is not the one it was written with")
+def _holds(path: Path, state: TrainState) -> bool:
+    """Whether a checkpoint of the same step also has the same evaluations behind it.
+
+    A run stopped during an evaluation saves a step whose evaluation is still to come; the next session makes it, and
+    its outcome (best, patience) must replace the older state of that step.
+    """
+    numbers = read_numbers(path)
+    own = state.numbers()
+    return bool(numbers["evaluation"] == own["evaluation"] and numbers["stop_early"] == own["stop_early"])
+
+
+def _set_aside(path: Path) -> None:
+    """Take a folder out of the list of checkpoints at once, whatever happens to its removal."""
+    doomed = path.with_name(f"tmp-removed-{path.name}-{os.getpid()}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def latest_valid_checkpoint(folder: Path, notify: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are all as written; each refused one is named aloud."""
+    """The newest checkpoint whose files are all as written. Each refused one is named aloud and renamed `damaged-…`:
+    its step will be trained and saved again.
+    """
     for path in reversed(list_checkpoints(folder)):
         try:
             verify_checkpoint(path)
             return path
         except CorruptCheckpoint as error:
-            notify(f"refused a damaged checkpoint: {error}; trying the one before")
+            aside = path.with_name(f"damaged-{path.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            path.rename(aside)
+            notify(f"refused a damaged checkpoint: {error}; kept as {aside.name}, trying the one before")
     return None
 
 
@@ -146,10 +141,7 @@ def prune_checkpoints(folder: Path, keep: int, newest: Path, protected: Path | N
         return
     verify_checkpoint(newest)
     for path in surplus:
-        # Renamed first: a kill midway must not leave a half-deleted folder that looks like a checkpoint.
-        doomed = path.with_name(f"tmp-pruned-{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        _set_aside(path)
 
 
 def _save_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -171,12 +163,12 @@ def _load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     for key, value in entries.items():
         number, name = key.split(".", 1)
         packed.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": packed, "param_groups": described["groups"]})
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+    # The hyperparameters are the recipe's (changed ones were accepted as drift); only the state is restored.
+    groups = [
+        {**current, "params": saved["params"]}
+        for current, saved in zip(optimizer.state_dict()["param_groups"], described["groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": packed, "param_groups": groups})
 
 
 def _fsync(path: Path) -> None:

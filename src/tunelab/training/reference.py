@@ -1,8 +1,8 @@
 """Reference log-probabilities: once per model and data set, cached on disk.
 
 The reference of DPO and its kin never changes during a run, so its forward passes are paid once and its weights need
-not stay in memory. The key covers everything the numbers depend on: weights, token ids and masks (which contain
-tokenizer, rendering and truncation), precision and layout.
+not stay in memory. The cache key covers weights and configuration of the model, the token ids and masks of the records
+(which contain tokenizer, rendering and truncation), precision, layout, device and torch version.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -21,6 +22,7 @@ from tunelab.models.builtin import cache_folder
 from tunelab.models.engine import sequence_logprobs
 from tunelab.models.loaded import LoadedModel
 from tunelab.models.saving import weights_fingerprint
+from tunelab.parallel import device_name
 from tunelab.progress import Progress
 from tunelab.training.loop import StopRequested
 from tunelab.training.signals import StopSignal
@@ -41,7 +43,7 @@ def reference_logprobs(
     after all stops the run at its guard. Read from `$TUNELAB_CACHE/reference` where present. Raises StopRequested if a
     stop was asked for midway.
     """
-    weights = weights_fingerprint(loaded.model)
+    weights = weights_fingerprint(loaded.model) + loaded.model.config.to_json_string()
     return [_one(loaded, weights, dataset, indices, progress, stop) for dataset, indices in wanted]
 
 
@@ -49,7 +51,15 @@ def _one(
     loaded: LoadedModel, weights: str, dataset: Dataset, indices: np.ndarray, progress: Progress, stop: StopSignal
 ) -> np.ndarray:
     ids = [int(index) for index in indices]
-    parts = (weights, dataset.fingerprint, str(ids), loaded.precision.name, loaded.layout, loaded.device.type)
+    parts = (
+        weights,
+        dataset.fingerprint,
+        str(ids),
+        loaded.precision.name,
+        loaded.layout,
+        device_name(loaded.device),
+        torch.__version__,
+    )
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     path = cache_folder() / "reference" / f"{key[:32]}.safetensors"
     every = np.full((len(dataset), 2), np.nan, dtype=np.float32)

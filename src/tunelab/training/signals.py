@@ -42,6 +42,8 @@ def catch_stop_signals() -> Iterator[StopSignal]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         stop.received = number
+        # Unbuffered, as a handler must be: a person who hears nothing presses again, and kills the save.
+        os.write(2, b"\nstopping: this step ends, then the run is saved; once more quits at once\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -42,6 +43,9 @@ class EvaluationState:
 
     def note(self, step: int, loss: float, threshold: float) -> None:
         """An evaluation after `step` gave `loss`: less than the best by more than `threshold` is an improvement."""
+        if not math.isfinite(loss):  # no checkpoint of such a model is worth keeping
+            self.without_improvement += 1
+            return
         improved = self.best_loss is None or loss < self.best_loss - threshold
         self.without_improvement = 0 if improved else self.without_improvement + 1
         if self.best_loss is None or loss < self.best_loss:

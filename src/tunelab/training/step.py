@@ -75,6 +75,9 @@ def train_step(
         scaler.step(optimizer)  # skips the update itself when unscale_ found an overflow
         scaler.update()
         metrics["loss_scale"] = float(scaler.get_scale())
+        if not _finite(metrics["grad_norm"]):
+            del metrics["grad_norm"]  # JSON has no infinity, and a skipped step has no norm worth drawing
+            metrics["overflow"] = 1.0
     else:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,18 +21,19 @@ class Tracker(Protocol):
 
 
 def build_trackers(names: Sequence[str], project: str, run: Path, config: Mapping[str, Any]) -> list[Tracker]:
-    """The recipe's trackers. Raises MachineError naming the extra to install, before any training."""
-    return [TRACKERS[name](_require(name), project, run, config) for name in names]
-
-
-def _require(name: str) -> Any:
+    """The recipe's trackers. Raises MachineError naming the extra to install."""
+    check_trackers(names)
     modules = {"tensorboard": "torch.utils.tensorboard"}
-    try:
-        return importlib.import_module(modules.get(name, name))
-    except ImportError:
-        raise MachineError(
-            f"tracking.trackers: {name} is not installed; pip install 'tunelab[{name}]' or remove it from the list"
-        ) from None
+    return [TRACKERS[name](importlib.import_module(modules.get(name, name)), project, run, config) for name in names]
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise MachineError for a tracker that is not installed, without importing any."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise MachineError(
+                f"tracking.trackers: {name} is not installed; pip install 'tunelab[{name}]' or remove it from the list"
+            )
 
 
 class WandbTracker:

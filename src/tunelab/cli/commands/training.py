@@ -119,10 +119,11 @@ def _train(
             print_json(forecasted) if json else _print_forecast(forecasted)
             return
         from tunelab.report import write_report
+        from tunelab.runs import lineage
         from tunelab.train import train
 
         run = train(recipe, progress=progress, resume=run, allow_drift=allow_drift)
-        report = str(write_report(run))
+        report = str(write_report(run, lineage(run)[:-1]))
     if json:
         print_json({"run": str(run.path), "report": report, "record": run.record()})
     else:
@@ -143,6 +144,9 @@ def _recipe_and_run(
             raise ConfigError(f"'{arguments[0]}' is an override; give the recipe first: tunelab {method} RECIPE.yaml …")
         return load_recipe(arguments[0], arguments[1:], method), None
     run = RunFolder.open(resume, runs_dir)
+    own = run.record()["method"]
+    if own != method:
+        raise ConfigError(f"--resume {resume}: is a run of {own}; continue it with: tunelab {own} --resume {resume}")
     for word in arguments:
         if "=" not in word:
             raise ConfigError(f"--resume {resume}: its recipe is read from the run; remove '{word}'")
