@@ -36,18 +36,22 @@ def evaluate(
 
     The base model and every stage of a run on the same held-out records: loss, perplexity, and on pairs the preference
     accuracy and margin, each with its 95% bootstrap interval; the change from stage to stage, paired by record; and
-    their answers to the same prompts.
+    their answers to the same prompts. The run's report is written anew with them.
     """
     from tunelab.evaluation.evaluate import evaluate_run
-    from tunelab.runs import RunFolder
+    from tunelab.report import write_report
+    from tunelab.runs import RunFolder, lineage
 
     folder = RunFolder.open(run, runs_dir)
     with closing(choose_progress(quiet)) as progress:
         found = evaluate_run(folder, progress=progress, data=data, limit=limit, generations=generations, seed=seed)
+    report = str(write_report(folder, lineage(folder)[:-1]))
     if json:
-        print_json(found)
+        print_json({**found, "report": report})
     else:
         _print_evaluation(found)
+        print_line()
+        print_pairs({"report": report})
 
 
 def _print_evaluation(found: dict[str, Any]) -> None:
