@@ -345,7 +345,8 @@ def test_every_preference_loss_falls_and_margins_rise(run: Make, method: dict[st
     made = run(
         method={"name": "dpo", **method},
         data__eval=None,
-        optimizer__learning_rate=5e-4,
+        # IPO with sums wants a margin of 1/(2β) = 5 nats and no more; larger steps leap over it.
+        optimizer__learning_rate=5e-5 if method == {"loss": "ipo"} else 5e-4,
         training__num_train_epochs=2,
         evaluation__eval_steps=6,
     )
@@ -361,7 +362,7 @@ def test_dpo_starts_at_log_2_and_knowing_nothing(run: Make) -> None:
     for name in ("eval", "eval_train"):
         assert start[f"{name}/loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert start[f"{name}/rewards/margins"] == pytest.approx(0, abs=1e-4)
-        assert start[f"{name}/rewards/accuracies"] == 0.5, name
+        assert start[f"{name}/rewards/accuracies"] == 0.5, "rounding is no preference"
 
 
 def test_a_reference_of_its_own(run: Make) -> None:

@@ -20,6 +20,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -96,6 +97,7 @@ class RunFolder:
         path = root / (recipe.training.run_name or _free_name(root, recipe))
         draft = cls(root / f".tmp-{path.name}-{os.getpid()}")
         try:
+            shutil.rmtree(draft.path, ignore_errors=True)  # what a killed process of this number left
             draft.path.mkdir(parents=True)
             draft.write_recipe(recipe)
             draft.write_record(
