@@ -424,7 +424,9 @@ def test_a_name_that_is_taken(run: Make) -> None:
 
 
 def test_a_diverged_run_says_so_and_keeps_its_record(run: Make, tmp_path: Path) -> None:
-    with pytest.raises(DivergedError, match=r"step \d+: the .* is not finite .*Lower optimizer\.learning_rate") as caught:
+    with pytest.raises(
+        DivergedError, match=r"step \d+: the .* is not finite .*Lower optimizer\.learning_rate"
+    ) as caught:
         run(
             optimizer={"name": "sgd", "learning_rate": 1e20, "schedule": {"lr_scheduler_type": "constant"}},
             training__max_grad_norm=None,

@@ -92,6 +92,7 @@ class Session:
     state: TrainState
     objective: Objective
     reference: dict[str, np.ndarray]
+    reference_seconds: float
     prompts: list[GenerationPrompt]
     trackers: list[Tracker]
     shape: cost.ModelShape

@@ -76,7 +76,9 @@ def train(
                 fingerprints=_fingerprints(plan),
             )
             session = _prepare(run, plan, progress, stop, drift if resume is not None else None)
-            session.state.counters.add_seconds("loading", time.perf_counter() - began)
+            ready = time.perf_counter() - began
+            session.state.counters.add_seconds("reference", session.reference_seconds)
+            session.state.counters.add_seconds("loading", ready - session.reference_seconds)
             try:
                 finished = run_session(session)
             finally:
@@ -171,7 +173,7 @@ def _prepare(run: RunFolder, plan: Plan, progress: Progress, stop: StopSignal, d
             run.rewind(-1, -1)
 
     objective = build_objective(recipe.method)
-    reference, loaded = _reference_and_model(plan, objective, checkpoint, progress, stop)
+    reference, reference_seconds, loaded = _reference_and_model(plan, objective, checkpoint, progress, stop)
     _check_same_reference(run, reference)
     reset_peak_memory(loaded.device)
     if recipe.training.gradient_checkpointing:
@@ -194,6 +196,7 @@ def _prepare(run: RunFolder, plan: Plan, progress: Progress, stop: StopSignal, d
         state=state,
         objective=objective,
         reference=reference,
+        reference_seconds=reference_seconds,
         prompts=_generation_prompts(plan, loaded, progress),
         trackers=build_trackers(recipe.tracking.trackers, recipe.tracking.project, run.path, recipe.resolved()),
         shape=cost.ModelShape.of(loaded.model),
@@ -205,24 +208,30 @@ def _prepare(run: RunFolder, plan: Plan, progress: Progress, stop: StopSignal, d
 
 def _reference_and_model(
     plan: Plan, objective: Objective, checkpoint: Path | None, progress: Progress, stop: StopSignal
-) -> tuple[dict[str, np.ndarray], LoadedModel]:
-    """Reference log-probabilities by data set name, and the model to train. Never two models in memory at once."""
+) -> tuple[dict[str, np.ndarray], float, LoadedModel]:
+    """Reference log-probabilities by data set name, the seconds they took, and the model to train.
+
+    Never two models in memory at once.
+    """
     recipe, start = plan.recipe, plan.recipe.model
     reference: dict[str, np.ndarray] = {}
     loaded: LoadedModel | None = None
+    seconds = 0.0
     if objective.needs_reference and isinstance(recipe.method, DPOConfig):
         place = recipe.method.reference
         loaded = _load(start.at(place) if place else start, plan.data.longest, progress)
         if recipe.method.reference is not None:
             _check_same_tokens(recipe, loaded)
+        began = time.perf_counter()
         wanted = _records_needing_a_reference(plan)
         found = reference_logprobs(loaded, list(wanted.values()), progress, stop)
         reference = dict(zip(wanted, found, strict=True))
+        seconds = time.perf_counter() - began
         if recipe.method.reference is not None or checkpoint is not None:
             loaded = None
     if loaded is None:
         loaded = _load(start if checkpoint is None else start.at(str(checkpoint)), plan.data.longest, progress)
-    return reference, loaded
+    return reference, seconds, loaded
 
 
 def _records_needing_a_reference(plan: Plan) -> dict[str, tuple[Dataset, np.ndarray]]:

@@ -52,9 +52,7 @@ def supervised() -> Dataset:
     whole = examples[4].completions[0]
     mask = whole.loss_mask.copy()
     mask[0] = False  # nothing predicts it
-    examples[4] = replace(
-        examples[4], prompt_ids=np.zeros(0, np.int32), completions=(replace(whole, loss_mask=mask),)
-    )
+    examples[4] = replace(examples[4], prompt_ids=np.zeros(0, np.int32), completions=(replace(whole, loss_mask=mask),))
     return dataset_of(examples)
 
 
@@ -199,9 +197,7 @@ def test_the_mode_is_restored_when_a_stop_breaks_in(loaded: LoadedModel) -> None
     loaded.model.train()
     arguments = (supervised(), range(7))
     with pytest.raises(Stop):
-        evaluate_objective(
-            loaded, build_objective(SFTConfig()), *arguments, None, batch_size=2, on_records=stop
-        )
+        evaluate_objective(loaded, build_objective(SFTConfig()), *arguments, None, batch_size=2, on_records=stop)
     assert loaded.model.training
     with pytest.raises(Stop):
         score_records(loaded, *arguments, batch_size=2, on_records=stop)

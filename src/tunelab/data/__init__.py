@@ -10,7 +10,7 @@ The tokenizer is a transformers one, passed in; nothing here loads it. torch is 
 from tunelab.data.examples import Dataset, prepare
 from tunelab.data.inspection import inspection, render_inspection, render_sample
 from tunelab.data.loader import Loader, fixed_sample
-from tunelab.data.packing import pack
+from tunelab.data.packing import pack, pack_batches
 from tunelab.data.problems import Problem
 from tunelab.data.prompts import GenerationPrompt, generation_prompts, render_prompt, stop_strings
 from tunelab.data.records import RecordSet, load_records
@@ -28,6 +28,7 @@ __all__ = [
     "inspection",
     "load_records",
     "pack",
+    "pack_batches",
     "prepare",
     "render_inspection",
     "render_prompt",

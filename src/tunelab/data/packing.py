@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from tunelab.types import Batch, Example, Segment
+
+
+def pack_batches(examples: Sequence[Example], indices: Iterable[int], batch_size: int) -> Iterator[Batch]:
+    """The examples at `indices`, in that order, `batch_size` to a packed row; the last row takes what is left."""
+    ids = [int(index) for index in indices]
+    for start in range(0, len(ids), batch_size):
+        part = ids[start : start + batch_size]
+        yield pack([examples[index] for index in part], part)
 
 
 def pack(examples: Sequence[Example], record_ids: Sequence[int], pin: bool = False) -> Batch:

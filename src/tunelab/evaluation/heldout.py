@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from tunelab.data import Dataset, pack
+from tunelab.data import Dataset, pack_batches
 from tunelab.models.engine import compute_logprobs, sequence_logprobs
 from tunelab.models.loaded import LoadedModel
 from tunelab.objectives import Objective
-from tunelab.types import Batch, Metrics
+from tunelab.types import Metrics
 
 
 def evaluate_objective(
@@ -35,7 +35,7 @@ def evaluate_objective(
     loaded.model.eval()
     try:
         with torch.no_grad():
-            for batch in _batches(dataset, indices, batch_size):
+            for batch in pack_batches(dataset.examples, indices, batch_size):
                 batch = batch.to(loaded.device)
                 rows = None
                 if reference is not None:
@@ -71,15 +71,7 @@ def score_records(
 ) -> RecordScores:
     """Scores of the given records, in their order."""
     sums, counts = sequence_logprobs(
-        loaded, _batches(dataset, indices, batch_size), lambda batch: on_records(len(batch.record_ids))
+        loaded, pack_batches(dataset.examples, indices, batch_size), lambda batch: on_records(len(batch.record_ids))
     )
     width = len(dataset.examples[int(indices[0])].completions)
     return RecordScores(sums.reshape(-1, width), counts.reshape(-1, width))
-
-
-def _batches(dataset: Dataset, indices: Sequence[int] | np.ndarray, batch_size: int) -> Iterator[Batch]:
-    ids = [int(i) for i in indices]
-    return (
-        pack([dataset.examples[i] for i in ids[start : start + batch_size]], ids[start : start + batch_size])
-        for start in range(0, len(ids), batch_size)
-    )

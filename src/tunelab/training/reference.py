@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from tunelab.data import Dataset, pack
+from tunelab.data import Dataset, pack_batches
 from tunelab.models.builtin import cache_folder
 from tunelab.models.engine import sequence_logprobs
 from tunelab.models.loaded import LoadedModel
@@ -76,10 +76,7 @@ def _one(
         if stop():
             raise StopRequested
 
-    batches = (
-        pack([dataset.examples[i] for i in ids[start : start + BATCH_SIZE]], ids[start : start + BATCH_SIZE])
-        for start in range(0, len(ids), BATCH_SIZE)
-    )
+    batches = pack_batches(dataset.examples, ids, BATCH_SIZE)
     sums, _ = sequence_logprobs(loaded, batches, on_batch)
     progress.finish(task)
     values = sums.reshape(-1, 2).astype(np.float32)
