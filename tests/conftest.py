@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,20 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a hub; errors come at once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+USERS_CACHE = os.environ.get("TUNELAB_CACHE")
+os.environ["TUNELAB_CACHE"] = tempfile.mkdtemp(prefix="tunelab-test-cache-")  # fixtures of any scope, and subprocesses
+atexit.register(shutil.rmtree, os.environ["TUNELAB_CACHE"], ignore_errors=True)
+
 
 @pytest.fixture(autouse=True)
-def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request) -> None:
-    """Nothing is written to the user's cache; only tests of the real weights read from it."""
+def _users_cache(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Only tests of the real weights use the user's cache."""
     if request.node.get_closest_marker("weights") is None:
-        monkeypatch.setenv("TUNELAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        return
+    if USERS_CACHE is None:
+        monkeypatch.delenv("TUNELAB_CACHE")
+    else:
+        monkeypatch.setenv("TUNELAB_CACHE", USERS_CACHE)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunelab.config import parse_recipe
-from tunelab.errors import EXIT_DIVERGED, ConfigError, DataError, DivergedError
+from tunelab.errors import EXIT_DIVERGED, ConfigError, DataError, DivergedError, MachineError
 from tunelab.forecast import forecast
 from tunelab.progress import SilentProgress
 from tunelab.runs import RunFolder
@@ -110,7 +111,7 @@ def test_run_json_says_what_it_is_what_it_cost_and_how_good_it_became(run: Make)
     assert record["method"] == "sft"
     assert record["created"] <= record["finished"]
     assert record["error"] is None
-    assert record["resumes"] == []
+    assert not record.get("resumes")
     assert record["fingerprint"] == made.recipe().fingerprint()
 
     model = record["model"]
@@ -355,14 +356,19 @@ def test_every_preference_loss_falls_and_margins_rise(run: Make, method: dict[st
     assert last["eval_train/rewards/margins"] > first["eval_train/rewards/margins"]
 
 
-def test_dpo_starts_at_log_2_and_knowing_nothing(run: Make) -> None:
-    """The policy is its reference: every log-ratio is 0, so the loss is log 2, margins 0 and accuracy ½."""
+def test_dpo_starts_at_log_2(run: Make) -> None:
+    """The policy is its reference: every log-ratio is 0, so the loss is log 2 and margins are 0."""
     made = run(method__name="dpo", training__max_steps=1)
     start = made.metrics("eval")[0]
     for name in ("eval", "eval_train"):
         assert start[f"{name}/loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert start[f"{name}/rewards/margins"] == pytest.approx(0, abs=1e-4)
-        assert start[f"{name}/rewards/accuracies"] == 0.5, "rounding is no preference"
+
+
+def test_dpo_starts_knowing_nothing(run: Make) -> None:
+    """Every pair is a tie and counts ½, as the objective's docstring says."""
+    start = run(method__name="dpo", training__max_steps=1).metrics("eval")[0]
+    assert [start[f"{name}/rewards/accuracies"] for name in ("eval", "eval_train")] == [0.5, 0.5]
 
 
 def test_a_reference_of_its_own(run: Make) -> None:
@@ -412,6 +418,13 @@ def test_a_warmup_longer_than_the_run(run: Make, tmp_path: Path, schedule: dict[
     assert no_run_was_made(tmp_path)
 
 
+def test_a_tracker_that_is_not_installed(run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MachineError, match=r"wandb is not installed; pip install 'tunelab\[wandb\]'"):
+        run(tracking__trackers=["wandb"])
+    assert no_run_was_made(tmp_path)
+
+
 def test_a_name_that_is_taken(run: Make) -> None:
     first = run(training__run_name="mine", training__max_steps=1)
     before = first.record()
@@ -423,16 +436,18 @@ def test_a_name_that_is_taken(run: Make) -> None:
 # --- divergence -----------------------------------------------------------------------------------------------------
 
 
+DIVERGING: dict[str, Any] = {
+    "optimizer": {"name": "sgd", "learning_rate": 1e20, "schedule": {"lr_scheduler_type": "constant"}},
+    "training__max_grad_norm": None,
+    "training__max_steps": 10,
+    "training__run_name": "diverged",
+}
+
+
 def test_a_diverged_run_says_so_and_keeps_its_record(run: Make, tmp_path: Path) -> None:
-    with pytest.raises(
-        DivergedError, match=r"step \d+: the .* is not finite .*Lower optimizer\.learning_rate"
-    ) as caught:
-        run(
-            optimizer={"name": "sgd", "learning_rate": 1e20, "schedule": {"lr_scheduler_type": "constant"}},
-            training__max_grad_norm=None,
-            training__max_steps=10,
-            training__run_name="diverged",
-        )
+    message = r"step \d+: the .* is not finite .*Lower optimizer\.learning_rate"
+    with pytest.raises(DivergedError, match=message) as caught:
+        run(**DIVERGING)
     assert caught.value.exit_code == EXIT_DIVERGED == 5
     made = RunFolder.open(tmp_path / "runs" / "diverged")
     record = made.record()
@@ -440,9 +455,17 @@ def test_a_diverged_run_says_so_and_keeps_its_record(run: Make, tmp_path: Path) 
     assert record["error"] == str(caught.value)
     assert record["finished"] is not None
     assert record["cost"]["steps"] == len(made.metrics("train")) < 10
-    text = (made.path / "run.json").read_text()
-    assert "NaN" not in text
-    assert "Infinity" not in text, "run.json stays strict JSON, whatever was measured"
+
+
+def test_run_json_of_a_diverged_run_is_strict_json(run: Make, tmp_path: Path) -> None:
+    """RFC 8259 has no NaN: a reader other than Python's (jq, a browser) refuses the whole file."""
+    with pytest.raises(DivergedError):
+        run(**DIVERGING)
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in run.json")
+
+    json.loads((tmp_path / "runs" / "diverged" / "run.json").read_text(), parse_constant=refuse)
 
 
 # --- equivalences ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import fcntl
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -108,6 +109,7 @@ class RunFolder:
                     "status": "created",
                     "created": now(),
                     "finished": None,
+                    "resumes": [],
                     "fingerprint": recipe.fingerprint(),
                     **environment_record(),
                 }
@@ -158,7 +160,7 @@ class RunFolder:
         return record
 
     def write_record(self, record: Mapping[str, Any]) -> None:
-        write_atomically(self.path / "run.json", json.dumps(record, indent=1) + "\n")
+        write_atomically(self.path / "run.json", json.dumps(_strict(record), indent=1, allow_nan=False) + "\n")
 
     def update(self, **fields: Any) -> dict[str, Any]:
         """Change top-level fields of run.json and return it."""
@@ -177,8 +179,9 @@ class RunFolder:
         )
 
     def metrics(self, phase: str | None = None) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl, of one phase if given. A last line cut short by a kill is left out."""
-        return [row for row in self._lines("metrics.jsonl") if phase is None or row["phase"] == phase]
+        """Lines of metrics.jsonl, of one phase if given; null is NaN. A last line cut short by a kill is left out."""
+        rows = (row for row in self._lines("metrics.jsonl") if phase is None or row["phase"] == phase)
+        return [{name: math.nan if value is None else value for name, value in row.items()} for row in rows]
 
     def samples(self) -> list[dict[str, Any]]:
         return list(self._lines("samples.jsonl"))
@@ -190,7 +193,7 @@ class RunFolder:
                 continue
             rows = self._lines(name)
             kept = [row for row in rows if row["step"] <= (step if row.get("phase") == "train" else evaluated)]
-            write_atomically(self.path / name, "".join(json.dumps(row) + "\n" for row in kept))
+            write_atomically(self.path / name, "".join(json.dumps(_strict(row)) + "\n" for row in kept))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -206,7 +209,7 @@ class RunFolder:
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_strict(row), allow_nan=False) + "\n")
 
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         path = self.path / name
@@ -219,6 +222,15 @@ class RunFolder:
             except json.JSONDecodeError:
                 if index < len(lines) - 1:
                     raise
+
+
+def _strict(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {key: _strict(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _free_name(root: Path, recipe: Recipe) -> str:

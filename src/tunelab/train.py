@@ -187,7 +187,7 @@ def _prepare(run: RunFolder, plan: Plan, progress: Progress, stop: StopSignal, d
         progress.note(f"resuming after step {state.step}")
 
     if drift is not None:
-        resumes = [*run.record().get("resumes", []), {"time": now(), "step": state.step, "drift": drift}]
+        resumes = [*run.record()["resumes"], {"time": now(), "step": state.step, "drift": drift}]
         run.update(resumes=resumes)
     run.update(data=plan.data.record(), model=_describe(recipe, loaded))
     return Session(

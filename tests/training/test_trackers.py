@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from tunelab.errors import EXIT_ENVIRONMENT, MachineError
-from tunelab.training.trackers import TRACKERS, Tracker, build_trackers
+from tunelab.training.trackers import TRACKERS, Tracker, build_trackers, check_trackers
 
 CONFIG = {"model": {"name": "tiny-gpt2"}, "training": {"seed": 0}}
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
@@ -22,6 +24,7 @@ class Recorder(ModuleType):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None, origin="fake")  # what a search for an installed package finds
         self.calls: list[Call] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -61,7 +64,7 @@ def use(name: str, run: Path) -> Tracker:
 
 @pytest.mark.parametrize("name", sorted(TRACKERS))
 def test_a_missing_tracker_names_its_extra(name: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
+    monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MachineError, match=rf"tracking\.trackers: {name} is not installed") as caught:
         use(name, run)
     assert f"pip install 'tunelab[{name}]'" in str(caught.value)
@@ -138,7 +141,8 @@ def test_mlflow_writes_beside_the_runs_unless_told_otherwise(
 
 
 def test_tensorboard_calls(run: Path, fake: Any) -> None:
-    tensorboard = fake("torch.utils.tensorboard")
+    fake("tensorboard")
+    tensorboard = fake("torch.utils.tensorboard")  # torch's writer, which needs the package
     tracker = use("tensorboard", run)
     tracker.log(3, {"train/loss": 2.5, "grad_norm": 0.5})
     tracker.close()
@@ -168,3 +172,14 @@ def test_several_trackers_in_the_order_asked_for(run: Path, fake: Any) -> None:
     fake("trackio")
     built = build_trackers(["trackio", "wandb"], "my-project", run, CONFIG)
     assert [type(tracker).__name__ for tracker in built] == ["TrackioTracker", "WandbTracker"]
+
+
+def test_a_folder_of_a_trackers_name_is_not_the_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`wandb/` beside the runs, as an earlier run leaves it, imports as an empty namespace package."""
+    if importlib.util.find_spec("wandb") is not None:
+        pytest.skip("the real wandb is installed")
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    with pytest.raises(MachineError, match=r"wandb is not installed; pip install 'tunelab\[wandb\]'"):
+        check_trackers(["wandb"])

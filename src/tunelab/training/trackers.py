@@ -23,14 +23,23 @@ class Tracker(Protocol):
 def build_trackers(names: Sequence[str], project: str, run: Path, config: Mapping[str, Any]) -> list[Tracker]:
     """The recipe's trackers. Raises MachineError naming the extra to install."""
     check_trackers(names)
-    modules = {"tensorboard": "torch.utils.tensorboard"}
-    return [TRACKERS[name](importlib.import_module(modules.get(name, name)), project, run, config) for name in names]
+    return [TRACKERS[name](_load(name), project, run, config) for name in names]
+
+
+def _load(name: str) -> Any:
+    try:
+        return importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
+    except ImportError as error:
+        raise MachineError(
+            f"tracking.trackers: {name} is installed but does not import ({error}); install it anew, or remove it"
+        ) from None
 
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise MachineError for a tracker that is not installed, without importing any."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # no origin: only a folder of that name (wandb/ of an earlier run)
             raise MachineError(
                 f"tracking.trackers: {name} is not installed; pip install 'tunelab[{name}]' or remove it from the list"
             )
