@@ -46,14 +46,15 @@ def test_the_table_stands_base_sft_and_dpo_side_by_side(
     assert [row[0] for row in table["rows"]] == [
         "held-out loss (nats/token)",
         "held-out perplexity",
-        "held-out reward accuracy",
-        "held-out reward margin (nats)",
+        "reward margin over base (nats)",
+        "reward accuracy over base",
+        "reward accuracy over last stage",
     ]
     cell = re.compile(r"^-?\d+\.\d{3} \[-?\d+\.\d{3}, -?\d+\.\d{3}\]$")
     for row in table["rows"]:
         assert len(row) == 4
         assert all(cell.match(text) for text in row[1:]), row
-    assert table["rows"][2][1] == "0.500 [0.500, 0.500]", "the base model has no preference over itself"
+    assert table["rows"][3][1] == "0.500 [0.500, 0.500]", "the base model has no preference over itself"
     # The cells are those of evaluation.json, arm by arm.
     evaluation = json.loads((runs[1].path / "evaluation.json").read_text())
     for column, arm in enumerate(evaluation["arms"], 1):

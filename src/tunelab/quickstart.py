@@ -82,8 +82,9 @@ def _table(evaluation: dict[str, Any]) -> dict[str, Any]:
     labels = {
         "eval/nll": "held-out loss (nats/token)",
         "eval/perplexity": "held-out perplexity",
-        "rewards/accuracies": "held-out reward accuracy",
-        "rewards/margins": "held-out reward margin (nats)",
+        "rewards/margins": "reward margin over base (nats)",
+        "rewards/accuracies": "reward accuracy over base",
+        "stage/accuracies": "reward accuracy over last stage",
     }
     arms = evaluation["arms"]
 

@@ -147,11 +147,21 @@ def test_differences_are_second_minus_first(lineage: Lineage) -> None:
         expected = found[row["to"]][row["metric"]]["value"] - found[row["from"]][row["metric"]]["value"]
         assert row["value"] == pytest.approx(expected, abs=1e-9), seen[-1]
         assert row["low"] <= row["value"] <= row["high"]
-    per_record = [name for name in found["base"] if name != "eval/perplexity"]
+    # A stage's own accuracy has another reference in every arm: a difference of two would mean nothing.
+    per_record = [name for name in found["base"] if name not in ("eval/perplexity", "stage/accuracies")]
     pairs = (("base", "sft"), ("sft", "dpo"), ("base", "dpo"))
     assert seen == [(*pair, name) for pair in pairs for name in per_record]
     learned = next(row for row in lineage.result["differences"] if row["metric"] == "eval/nll")
     assert learned["value"] < 0, "sft − base: the loss fell"
+
+
+def test_a_stage_is_measured_against_the_one_before(lineage: Lineage) -> None:
+    found = metrics_of(lineage.result)
+    assert found["base"]["stage/accuracies"]["value"] == 0.5
+    assert found["sft"]["stage/accuracies"] == found["sft"]["rewards/accuracies"], "sft starts from the base"
+    both = {row["metric"]: row for row in lineage.result["differences"] if (row["from"], row["to"]) == ("sft", "dpo")}
+    # The margin over sft is the margin over base less sft's own: its sign must be that of most pairs here.
+    assert (found["dpo"]["stage/accuracies"]["value"] > 0.5) == (both["rewards/margins"]["value"] > 0)
 
 
 def test_answers_of_all_arms_stand_beside_the_datas_own(lineage: Lineage) -> None:

@@ -4,9 +4,10 @@ Loss here is the cross-entropy of the held-out answers (`eval/nll`, nats per tok
 whatever the stage was trained on, so that all arms can be compared. On preference data it is that of the chosen
 answers.
 
-Preferences are measured in two ways. `rewards/accuracies`: training raised the chosen answer more than the rejected
-one, against the base model; it is what DPO optimises, and comparable between stages. `preference/accuracy`: the model
-finds the chosen answer likelier per token, whatever it found before (the sum would favour short answers).
+Preferences are measured in three ways. `rewards/accuracies`: training raised the chosen answer more than the rejected
+one, against the base model, so that stages can be compared; `stage/accuracies` is the same against the stage before,
+which for DPO is its reference. `preference/accuracy`: the model finds the chosen answer likelier per token, whatever it found
+before (the sum would favour short answers).
 """
 
 from __future__ import annotations
@@ -134,7 +135,14 @@ def compare_arms(
     return {
         "num_records": len(sample),
         "confidence": 0.95,
-        "arms": [{"name": arm.name, "model": arm.model.name, "metrics": _metrics(columns[arm.name])} for arm in arms],
+        "arms": [
+            {
+                "name": arm.name,
+                "model": arm.model.name,
+                "metrics": _metrics(columns[arm.name] | _stage_columns(scores[arm.name], scores[before.name])),
+            }
+            for before, arm in pairwise([arms[0], *arms])
+        ],
         "differences": [d for first, second in pairs for d in _differences(first, second, columns)],
         "generations": [
             {"prompt": prompt.text, "reference": prompt.reference, "answers": slot}
@@ -186,6 +194,14 @@ def _columns(scores: RecordScores, base: RecordScores) -> Columns:
         columns["preference/accuracy"] = ((np.sign(likelihood) + 1) / 2, None)
         columns["preference/margin"] = (likelihood, None)
     return columns
+
+
+def _stage_columns(scores: RecordScores, before: RecordScores) -> Columns:
+    """What this stage alone did: the same rewards against the stage before it, which is a DPO stage's reference."""
+    if scores.logprobs.shape[1] != 2:
+        return {}
+    rewards = scores.logprobs - before.logprobs
+    return {"stage/accuracies": ((np.sign(rewards[:, 0] - rewards[:, 1]) + 1) / 2, None)}
 
 
 def _metrics(columns: Columns) -> dict[str, Any]:

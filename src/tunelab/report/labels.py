@@ -63,6 +63,13 @@ _LABELS = {
         of="pairs",
         unit="pairs whose chosen answer gained more log-probability over the base model than the rejected one",
     ),
+    "stage/accuracies": Label(
+        "held-out stage accuracy",
+        "higher",
+        is_fraction=True,
+        of="pairs",
+        unit="the same, against the stage before instead of the base model",
+    ),
     "rewards/margins": Label(
         "held-out reward margin", "higher", of="pairs", unit="nats gained over the base model, chosen minus rejected"
     ),

@@ -21,7 +21,7 @@ Json = Mapping[str, Any]
 Tone = Literal["better", "worse", "none"]
 
 _LOSS = ("eval/nll", "eval/loss")
-_PRIMARY = {"dpo": ("rewards/accuracies", "preference/accuracy", *_LOSS)}
+_PRIMARY = {"dpo": ("rewards/margins", "preference/accuracy", *_LOSS)}
 """The metrics that a method is meant to improve, the first one present being the judge; the loss for all others."""
 
 
