@@ -5,9 +5,9 @@ whatever the stage was trained on, so that all arms can be compared. On preferen
 answers.
 
 Preferences are measured in three ways. `rewards/accuracies`: training raised the chosen answer more than the rejected
-one, against the base model, so that stages can be compared; `stage/accuracies` is the same against the stage before,
-which for DPO is its reference. `preference/accuracy`: the model finds the chosen answer likelier per token, whatever it found
-before (the sum would favour short answers).
+one, against the base model, so that stages can be compared. `stage/accuracies`: the same against the stage before (of
+a DPO stage: its reference). `preference/accuracy`: the model finds the chosen answer likelier per token, whatever it
+found before (the sum would favour short answers).
 """
 
 from __future__ import annotations
