@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test test-all lint golden clean
+.PHONY: quickstart test test-all lint golden benchmark benchmark-quick clean
 
 quickstart: $(VENV)/package.stamp
 	$(BIN)/tunelab quickstart
@@ -38,6 +38,14 @@ $(VENV)/oracles.stamp: $(VENV)/dev.stamp
 # Record the golden curves anew, with their provenance, after a change that is meant to move them.
 golden: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.golden.record
+
+# Speed and memory against TRL, which gets an environment of its own: benchmarks/README.md. Hours on two cores; can be
+# stopped and goes on where it was.
+benchmark: $(VENV)/package.stamp
+	$(BIN)/python -m benchmarks all
+
+benchmark-quick: $(VENV)/package.stamp
+	$(BIN)/python -m benchmarks sft --quick && $(BIN)/python -m benchmarks dpo --quick
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -196,7 +196,8 @@ def check_disk(name: str, folder: Path) -> Check:
 
 def _cache_checks() -> list[Check]:
     """Where built-in models are kept, and which models are there already."""
-    from tunelab.models.builtin import SMOLLM2, cache_folder
+    from tunelab.cache import cache_folder
+    from tunelab.models.builtin import SMOLLM2
 
     folder = cache_folder()
     built_in = any(folder.glob(f"models/{SMOLLM2}-*/config.json"))

@@ -14,6 +14,9 @@ from tunelab.errors import TunelabError
 
 MANIFEST = "manifest.json"
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""peft's file names: in the checkpoints of a run with an adapter, in the place of config.json and model.safetensors."""
+
 TRAINING_STATE = frozenset(("optimizer.safetensors", "optimizer.json", "rng.safetensors", "state.json", MANIFEST))
 """Files of a checkpoint that only a resumed run reads; the others are a plain model folder."""
 

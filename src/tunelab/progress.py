@@ -115,6 +115,8 @@ def format_number(name: str, value: float) -> str:
         return f"{value:,.0f} tok/s"
     if short.endswith("bytes"):
         return format_bytes(value)
+    if short == "records":
+        return f"{value:,.0f} records"
     return f"{short} {value:.4g}"
 
 

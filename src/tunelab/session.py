@@ -17,13 +17,13 @@ import torch
 
 from tunelab import cost
 from tunelab.config import Recipe
-from tunelab.data import Dataset, GenerationPrompt, Loader, fixed_sample, pack, stop_strings
+from tunelab.data import Dataset, GenerationPrompt, Loader, fixed_sample, pack, split_by_tokens, stop_strings
 from tunelab.evaluation.heldout import evaluate_objective
 from tunelab.manifest import checkpoint_name
 from tunelab.models.generation import GenerationSettings, generate
 from tunelab.objectives import Objective
 from tunelab.optim import Schedule
-from tunelab.parallel import peak_memory_bytes
+from tunelab.parallel import peak_memory_bytes, resolve_device
 from tunelab.progress import Progress
 from tunelab.runs import RunFolder
 from tunelab.training.checkpoint import point_best, prune_checkpoints, save_checkpoint
@@ -32,7 +32,11 @@ from tunelab.training.signals import StopSignal
 from tunelab.training.state import TrainState
 from tunelab.training.step import MicroBatch, train_step
 from tunelab.training.trackers import Tracker
-from tunelab.types import Example, Metrics
+from tunelab.types import Metrics
+
+MICRO_BATCH_TOKENS = {"cpu": 2048, "mps": 4096, "cuda": 16384}
+"""Default of `training.max_tokens_per_micro_batch`: enough rows to keep the matrix products near the device's best, and
+no more, because activations grow with them."""
 
 EVALUATIONS_PER_RUN = 5
 """Default of `evaluation.eval_steps`: this many a run, beside the one before the first step."""
@@ -48,16 +52,12 @@ class TrainingData:
     @property
     def longest(self) -> int:
         """Tokens of the longest single sequence."""
-        datasets = [self.train] if self.eval is None else [self.train, self.eval]
-        return max(len(e.prompt_ids) + len(c.ids) for d in datasets for e in d.examples for c in e.completions)
+        return max(self.train.longest, self.eval.longest if self.eval else 0)
 
     @cached_property
     def overlap(self) -> int:
         """Eval records that are trained on as well, token for token: what they measure is memory."""
-        if self.eval is None:
-            return 0
-        trained = {_identity(example) for example in self.train.examples}
-        return sum(_identity(example) in trained for example in self.eval.examples)
+        return self.eval.overlap(self.train) if self.eval else 0
 
     def record(self) -> dict[str, Any]:
         """`data` of run.json."""
@@ -68,11 +68,6 @@ class TrainingData:
         }
 
 
-def _identity(example: Example) -> bytes:
-    """Prompt and first completion, as bytes."""
-    return example.prompt_ids.tobytes() + b"|" + example.completions[0].ids.tobytes()
-
-
 @dataclass(frozen=True)
 class Plan:
     """A recipe checked against machine, model and data: what will be done, before any weights are read."""
@@ -81,6 +76,19 @@ class Plan:
     data: TrainingData
     loader: Loader
     schedule: Schedule
+
+    def micro_batches(self, step: int) -> list[np.ndarray]:
+        """Records of each micro-batch of optimizer step `step`: at most per_device_train_batch_size of them, and split
+        again where they have more tokens than fit.
+        """
+        training, lengths = self.recipe.training, self.data.train.num_tokens
+        device = resolve_device(self.recipe.model.device).type
+        budget = training.max_tokens_per_micro_batch or MICRO_BATCH_TOKENS[device]
+        return [
+            part
+            for indices in self.loader.micro_batches(step, training.per_device_train_batch_size)
+            for part in split_by_tokens(indices, lengths[indices], budget)
+        ]
 
 
 @dataclass
@@ -96,6 +104,7 @@ class Session:
     prompts: list[GenerationPrompt]
     trackers: list[Tracker]
     shape: cost.ModelShape
+    matmul_ceiling: float
     meter: cost.ThroughputMeter
     progress: Progress
     stop: StopSignal
@@ -131,7 +140,7 @@ def _step(session: Session, learning_rate: float) -> None:
     recipe, state, counters = session.plan.recipe, session.state, session.state.counters
     micro_batches = [
         build_micro_batch(session.plan.data.train, indices, session.reference.get("train"))
-        for indices in session.plan.loader.micro_batches(state.step, recipe.training.per_device_train_batch_size)
+        for indices in session.plan.micro_batches(state.step)
     ]
     metrics = train_step(
         state,
@@ -150,6 +159,7 @@ def _step(session: Session, learning_rate: float) -> None:
         counters.flops += cost.training_flops(
             session.shape, batch.num_tokens, len(batch.targets), cost.attention_pairs(batch)
         )
+        counters.floor_flops += cost.floor_flops(session.shape, batch)
     counters.tokens += tokens
     counters.flops_6nd += cost.classic_training_flops(session.shape.block_matmul_parameters, tokens)
     counters.peak_memory_bytes = max(counters.peak_memory_bytes, peak_memory_bytes(state.loaded.device))

@@ -17,19 +17,21 @@ import numpy as np
 import torch
 
 from tunelab import cost
-from tunelab.config import DPOConfig, ModelConfig, Recipe
-from tunelab.data import Dataset, GenerationPrompt, Loader, fixed_sample, generation_prompts, load_records, prepare
+from tunelab.config import DPOConfig, Recipe
+from tunelab.data import Dataset, GenerationPrompt, Loader, Settings, fixed_sample, generation_prompts, load_dataset
 from tunelab.errors import ConfigError, DivergedError, Interrupted
 from tunelab.manifest import list_checkpoints
+from tunelab.models.adapters import adapt_skeleton, attach_adapter
 from tunelab.models.checkpointing import enable_checkpointing
 from tunelab.models.engine import choose_layout
 from tunelab.models.loaded import LoadedModel
-from tunelab.models.loading import load_context_length, load_model, load_tokenizer
+from tunelab.models.loading import load_context_length, load_model, load_skeleton, load_tokenizer
 from tunelab.objectives import Objective, build_objective
 from tunelab.optim import build_optimizer, build_schedule
 from tunelab.parallel import (
     deterministic,
     device_name,
+    keep_freed_memory,
     reset_peak_memory,
     resolve_device,
     resolve_precision,
@@ -64,6 +66,7 @@ def train(
             RunFolder.check_name(recipe)
         plan = plan_run(recipe, progress)
         set_threads(recipe.training.num_threads)
+        keep_freed_memory()
         drift = [] if resume is None else check_drift(resume, plan, allow_drift, progress)
         run = resume or RunFolder.create(recipe)
         with run.locked(), _recorded(run, stop):
@@ -114,17 +117,17 @@ def load_data(recipe: Recipe, tokenizer: Any, progress: Progress) -> TrainingDat
     wanted = [("train", config.train, config.train_split, config.limit_train)]
     if config.eval is not None:
         wanted.append(("eval", config.eval, config.eval_split, config.limit_eval))
-    loss_on = "completions" if isinstance(recipe.method, DPOConfig) else recipe.method.loss_on
+    settings = Settings(
+        method=recipe.method.name,
+        render=config.render,
+        loss_on="completions" if isinstance(recipe.method, DPOConfig) else recipe.method.loss_on,
+        max_length=config.max_length,
+        on_error=config.on_error,
+    )
     found: dict[str, Dataset] = {}
     for name, source, split, limit in wanted:
-        records = load_records(source, split=split, subset=config.subset, on_error=config.on_error, limit=limit)
-        found[name] = prepare(
-            records,
-            tokenizer,
-            method=recipe.method.name,
-            render=config.render,
-            loss_on=loss_on,
-            max_length=config.max_length,
+        found[name] = load_dataset(
+            source, tokenizer, settings, split=split, subset=config.subset, limit=limit, progress=progress
         )
         progress.note(f"{name}: {found[name].summary.sentence()}")
     data = TrainingData(found["train"], found.get("eval"))
@@ -139,6 +142,8 @@ def check_recipe(recipe: Recipe) -> None:
     check_trackers(recipe.tracking.trackers)
     if recipe.evaluation.early_stopping_patience is not None and recipe.data.eval is None:
         raise ConfigError("evaluation.early_stopping_patience: needs eval data; set data.eval")
+    if recipe.adapter is not None:
+        adapt_skeleton(load_skeleton(recipe.model), recipe.adapter)  # refuses targets that name no layer
     models = [recipe.model]
     if isinstance(recipe.method, DPOConfig) and recipe.method.reference is not None:
         models.append(recipe.model.at(recipe.method.reference))
@@ -175,6 +180,7 @@ def _prepare(run: RunFolder, plan: Plan, progress: Progress, stop: StopSignal, d
     objective = build_objective(recipe.method)
     reference, reference_seconds, loaded = _reference_and_model(plan, objective, checkpoint, progress, stop)
     _check_same_reference(run, reference)
+    ceiling = cost.matmul_ceiling(loaded.device, loaded.precision.compute_dtype or loaded.precision.weights_dtype)
     reset_peak_memory(loaded.device)
     if recipe.training.gradient_checkpointing:
         enable_checkpointing(loaded.model)
@@ -200,6 +206,7 @@ def _prepare(run: RunFolder, plan: Plan, progress: Progress, stop: StopSignal, d
         prompts=_generation_prompts(plan, loaded, progress),
         trackers=build_trackers(recipe.tracking.trackers, recipe.tracking.project, run.path, recipe.resolved()),
         shape=cost.ModelShape.of(loaded.model),
+        matmul_ceiling=ceiling,
         meter=cost.ThroughputMeter(),
         progress=progress,
         stop=stop,
@@ -213,24 +220,27 @@ def _reference_and_model(
 
     Never two models in memory at once.
     """
-    recipe, start = plan.recipe, plan.recipe.model
+    recipe, loaded = plan.recipe, None
     reference: dict[str, np.ndarray] = {}
-    loaded: LoadedModel | None = None
     seconds = 0.0
     if objective.needs_reference and isinstance(recipe.method, DPOConfig):
         place = recipe.method.reference
-        loaded = _load(start.at(place) if place else start, plan.data.longest, progress)
-        if recipe.method.reference is not None:
+        if place is not None:
+            loaded = _settle(load_model(recipe.model.at(place)), plan, progress)
             _check_same_tokens(recipe, loaded)
+        elif recipe.adapter is not None:  # the adapter switched off
+            loaded = _load_trained(plan, checkpoint, progress)
+        else:
+            loaded = _settle(load_model(recipe.model), plan, progress)
         began = time.perf_counter()
         wanted = _records_needing_a_reference(plan)
         found = reference_logprobs(loaded, list(wanted.values()), progress, stop)
         reference = dict(zip(wanted, found, strict=True))
         seconds = time.perf_counter() - began
-        if recipe.method.reference is not None or checkpoint is not None:
+        if place is not None or (checkpoint is not None and recipe.adapter is None):
             loaded = None
     if loaded is None:
-        loaded = _load(start if checkpoint is None else start.at(str(checkpoint)), plan.data.longest, progress)
+        loaded = _load_trained(plan, checkpoint, progress)
     return reference, seconds, loaded
 
 
@@ -263,13 +273,31 @@ def _check_same_tokens(recipe: Recipe, reference: LoadedModel) -> None:
         )
 
 
-def _load(config: ModelConfig, longest: int, progress: Progress) -> LoadedModel:
-    loaded = load_model(config)
-    choose_layout(loaded, config.layout, longest)
-    why = f" ({loaded.layout_reason})" if loaded.layout == "padded" else ""
+def _load_trained(plan: Plan, checkpoint: Path | None, progress: Progress) -> LoadedModel:
+    """The model to train, as it starts or as `checkpoint` left it, with the recipe's adapter."""
+    recipe = plan.recipe
+    if checkpoint is not None:
+        return _settle(load_model(recipe.model.at(str(checkpoint)), adapters="keep"), plan, progress)
+    loaded = load_model(recipe.model)
+    if recipe.adapter is not None:
+        attach_adapter(loaded, recipe.adapter, recipe.training.seed)
+    return _settle(loaded, plan, progress)
+
+
+def _settle(loaded: LoadedModel, plan: Plan, progress: Progress) -> LoadedModel:
+    """Choose how `loaded` computes, and say what it is."""
+    config = plan.recipe.model
+    choose_layout(loaded, config.layout, plan.data.longest, config.kernels)
+    if loaded.layout == "padded":
+        rows = f"padded rows ({loaded.layout_reason})"
+    elif loaded.shortcuts.fused_blocks:
+        rows = "packed rows, fused blocks"
+    else:
+        rows = f"packed rows, its own blocks ({loaded.blocks_reason})"
+    part = "" if loaded.adapter is None else f" ({loaded.num_trainable_parameters / 1e6:.2g} M of them trained)"
     progress.note(
-        f"model: {config.name}, {loaded.num_parameters / 1e6:.1f} M parameters, "
-        f"{loaded.device.type}, {loaded.precision.name}, {loaded.layout} rows{why}"
+        f"model: {loaded.source}, {loaded.num_parameters / 1e6:.1f} M parameters{part}, "
+        f"{loaded.device.type}, {loaded.precision.name}, {rows}"
     )
     return loaded
 
@@ -279,10 +307,13 @@ def _describe(recipe: Recipe, loaded: LoadedModel) -> dict[str, Any]:
         "source": recipe.model.name,
         "architecture": type(loaded.model).__name__,
         "parameters": loaded.num_parameters,
+        "trainable_parameters": loaded.num_trainable_parameters,
         "device": str(loaded.device),
         "precision": loaded.precision.name,
         "layout": loaded.layout,
         "layout_reason": loaded.layout_reason,
+        "blocks": "fused" if loaded.shortcuts.fused_blocks else "own modules",
+        "blocks_reason": loaded.blocks_reason,
     }
 
 
@@ -316,7 +347,10 @@ def check_drift(run: RunFolder, plan: Plan, allow: bool, progress: Progress) -> 
         if key != "recipe"
     ]
     if "recipe" in changed:
-        told += [f"{key} ({old} → {new})" for key, old, new in run.recipe().differences(plan.recipe)]
+        differences = run.recipe().differences(plan.recipe)
+        if fixed := [key for key, _, _ in differences if key.split(".")[0] == "adapter"]:
+            raise ConfigError(f"--resume: {fixed[0]}: an adapter keeps the form it was made with; start a new run")
+        told += [f"{key} ({old} → {new})" for key, old, new in differences]
     if told and not allow:
         raise ConfigError(
             f"--resume: changed since the run began: {', '.join(told)}; the result would not be the unbroken run's. "
@@ -373,7 +407,10 @@ def _record_cost(session: Session) -> None:
     rows = session.run.metrics("eval")
     seconds = {**counters.seconds, "total": sum(counters.seconds.values())}
     cost_record = asdict(counters) | {"steps": counters.step, "seconds": seconds}
-    cost_record["tokens_per_second"] = counters.tokens / max(seconds.get("training", 0.0), 1e-9)
+    training = seconds.get("training", 0.0)
+    cost_record["tokens_per_second"] = counters.tokens / max(training, 1e-9)
+    cost_record["matmul_ceiling_flops_per_second"] = session.matmul_ceiling
+    cost_record["utilisation"] = counters.floor_flops / training / session.matmul_ceiling if training else None
     session.run.update(
         cost=cost_record,
         result={key: value for key, value in rows[-1].items() if "/" in key} if rows else {},

@@ -7,6 +7,7 @@ D hidden width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -131,6 +132,19 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Tail:
+    """The part of a packed row that the last block of a model has to compute.
+
+    ranges: of each segment, the positions from its first to its last predictor; (0, 0) where it has none. kept: (Q,)
+    those positions. index: (S,) where in `kept` each loss position is.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    kept: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """One packed row of whole records. No padding.
 
@@ -153,10 +167,34 @@ class Batch:
     def num_tokens(self) -> int:
         return len(self.input_ids)
 
+    @cached_property
+    def tail(self) -> Tail:
+        """What the last block has to compute. Asked for on the CPU, before `to`, it costs no synchronisation."""
+        import torch  # here: records are read without it
+
+        predictors = self.loss_positions.cpu().unique()
+        starts = torch.tensor([segment.start for segment in self.segments])
+        stops = torch.tensor([segment.stop for segment in self.segments])
+        first, last = torch.searchsorted(predictors, starts), torch.searchsorted(predictors, stops)
+        ranges, kept = [], [torch.arange(0)]
+        for low, high in zip(first.tolist(), last.tolist(), strict=True):
+            span = (int(predictors[low]), int(predictors[high - 1]) + 1) if high > low else (0, 0)
+            ranges.append(span)
+            kept.append(torch.arange(*span))
+        positions = torch.cat(kept)
+        index = torch.searchsorted(positions, self.loss_positions.cpu())
+        device = self.input_ids.device
+        return Tail(tuple(ranges), positions.to(device), index.to(device))
+
     def to(self, device: object) -> Batch:
         """The same batch with its tensors on `device`."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("input_ids", "position_ids", "loss_positions", "targets", "sequence_ids")
         }
-        return Batch(**moved, segments=self.segments, num_sequences=self.num_sequences, record_ids=self.record_ids)
+        batch = Batch(**moved, segments=self.segments, num_sequences=self.num_sequences, record_ids=self.record_ids)
+        tail = self.tail
+        batch.__dict__["tail"] = Tail(
+            tail.ranges, tail.kept.to(device, non_blocking=True), tail.index.to(device, non_blocking=True)
+        )
+        return batch

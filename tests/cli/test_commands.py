@@ -22,7 +22,7 @@ class TestTraining:
         ended = tunelab("sft", SFT, *SMALL, f"training.output_dir={tmp_path}", "training.run_name=x")
         assert ended.code == 0
         names = [line.split()[0] for line in ended.out.splitlines()]
-        assert names == ["run", "result", "best", "cost", "report", "next"]
+        assert names == ["run", "result", "best", "cost", "speed", "report", "next"]
         assert (tmp_path / "x" / "report.html").read_text().startswith("<!doctype html>")
         assert "training 2/2" in ended.err
         assert "8 of 8 records" in ended.err

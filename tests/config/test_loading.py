@@ -100,8 +100,28 @@ def test_the_method_chooses_the_default_learning_rate(tmp_path: Path) -> None:
     assert load(tmp_path, BASE, "method.name=dpo", "optimizer.learning_rate=1e-3").optimizer.learning_rate == 1e-3
 
 
+def test_an_adapter_learns_at_ten_times_the_rate_of_full_tuning(tmp_path: Path) -> None:
+    adapted = BASE + "adapter: {name: lora}\n"
+    assert load(tmp_path, adapted).optimizer.learning_rate == pytest.approx(2e-4)
+    assert load(tmp_path, adapted, "method.name=dpo").optimizer.learning_rate == pytest.approx(5e-5)
+    assert load(tmp_path, adapted, "optimizer.learning_rate=1e-3").optimizer.learning_rate == 1e-3
+    assert load(tmp_path, adapted, "optimizer.name=sgd").optimizer.learning_rate == 1e-2
+    assert load(tmp_path, adapted, "adapter=null").optimizer.learning_rate == 2e-5
+
+
+def test_what_an_adapter_is_made_of(tmp_path: Path) -> None:
+    adapter = load(tmp_path, BASE + "adapter: {}\n").adapter
+    assert adapter is not None
+    assert (adapter.name, adapter.r, adapter.lora_alpha, adapter.target_modules) == ("lora", 16, 32, "all-linear")
+    named = load(tmp_path, BASE + "adapter: {target_modules: [q_proj, v_proj]}\n")
+    assert named.adapter is not None
+    assert named.adapter.target_modules == ("q_proj", "v_proj")
+    assert parse_recipe(named.resolved()) == named
+    assert load(tmp_path, BASE).adapter is None
+
+
 def test_there_are_recipes() -> None:
-    assert len(RECIPES) == 11
+    assert len(RECIPES) == 13
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)

@@ -27,7 +27,10 @@ ADDED = [
         "optimizer: {schedule: {lr_scheduler_type: cosine, decay_ratio: 0.1}}",
         "r.yaml:4: optimizer.schedule.decay_ratio: unknown key of 'cosine'; 'warmup_stable_decay' reads it",
     ),
-    ("zebra: 1", "zebra: unknown key; known here: data, evaluation, method, model, optimizer, tracking, training"),
+    (
+        "zebra: 1",
+        "zebra: unknown key; known here: adapter, data, evaluation, method, model, optimizer, tracking, train",
+    ),
     ("model.name: x", "model.name: unknown key; write the dots as nested sections, or give it as an override"),
     # choices
     ("optimizer: {name: admw}", "optimizer.name: 'admw' is not one of sgd, adam, adamw (did you mean 'adamw'?)"),
@@ -65,6 +68,18 @@ ADDED = [
     ("optimizer:", "optimizer: expected a section (key: value lines), found nothing (null); fill it in or remove"),
     ("optimizer: 3", "r.yaml:4: optimizer: expected a section (key: value lines), found 3"),
     ("optimizer: {schedule: cosine}", "optimizer.schedule: expected a section (key: value lines), found text 'cosine'"),
+    # adapters
+    ("adapter: {naem: lora}", "r.yaml:4: adapter.naem: unknown key (did you mean 'name'?)"),
+    ("adapter: {rank: 8}", "adapter.rank: unknown key (did you mean 'r'?)"),
+    ("optimizer: {lora_alpha: 8}", "optimizer.lora_alpha: unknown key here (did you mean adapter.lora_alpha?)"),
+    ("adapter: {name: loar}", "adapter.name: 'loar' is not one of lora (did you mean 'lora'?)"),
+    ("adapter: {r: 0}", "r.yaml:4: adapter.r: expected a number ≥ 1, found 0"),
+    ("adapter: {lora_alpha: 1.5}", "adapter.lora_alpha: expected a whole number, found 1.5"),
+    ("adapter: {init_lora_weights: false}", "adapter.init_lora_weights: expected one of true, gaussian, found false"),
+    ("adapter: {target_modules: 3}", "adapter.target_modules: expected all-linear, attention, mlp, a list of module"),
+    ("adapter: {target_modules: []}", "adapter.target_modules: expected all-linear, attention, mlp, a list of module"),
+    ("adapter: {target_modules: 'c_(attn'}", "adapter.target_modules: 'c_(attn' is no valid pattern (missing )"),
+    ("adapter: lora", "adapter: expected a section (key: value lines), found text 'lora'"),
     # values that exclude each other
     (
         "optimizer: {schedule: {warmup_steps: 1, warmup_ratio: 0.1}}",

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -66,9 +67,8 @@ def test_replacement_characters_in_the_data_are_text_like_any_other() -> None:
 def test_the_report_is_plain_data() -> None:
     tokenizer = byte_level()
     problem = Problem(Origin("a.jsonl", 9), "rejected: empty", "empty")
-    records = record_set(TRANSCRIPT)
-    dataset = prepare(records, tokenizer, method="dpo")
-    report = inspection(records.__class__(**{**vars(records), "skipped": (problem,)}), dataset, tokenizer)
+    dataset = prepare(replace(record_set(TRANSCRIPT), skipped=(problem,)), tokenizer, method="dpo")
+    report = inspection(dataset, tokenizer)
     assert json.loads(json.dumps(report)) == report
     assert report["problems"] == [{"origin": "a.jsonl:9", "kind": "empty", "message": "rejected: empty"}]
     (sample,) = report["samples"]
@@ -84,17 +84,16 @@ def test_the_report_is_plain_data() -> None:
 
 def test_the_terminal_shows_counts_problems_and_text() -> None:
     tokenizer = byte_level(CHATML)
-    dataset = run(DIALOGUE, tokenizer)
     problem = Problem(Origin("a[0].jsonl", 9), "messages[1].role: unknown role '[bold]'", "role")
-    records = record_set(DIALOGUE)
-    report = inspection(records.__class__(**{**vars(records), "skipped": (problem,)}), dataset, tokenizer)
+    dataset = prepare(replace(record_set(DIALOGUE), skipped=(problem,)), tokenizer, method="sft")
+    report = inspection(dataset, tokenizer)
     shown = io.StringIO()
     Console(file=shown, width=100, force_terminal=True, color_system="truecolor").print(render_inspection(report))
     plain = io.StringIO()
     Console(file=plain, width=100).print(render_inspection(report))
     assert "skipped a[0].jsonl:9: messages[1].role: unknown role '[bold]'" in plain.getvalue(), "no markup is read"
     assert "How are you?<|im_end|>" in plain.getvalue()
-    assert "1 used of 1" in plain.getvalue()
+    assert "1 used of 2" in plain.getvalue()
     assert "\x1b[" in shown.getvalue()
     assert "\x1b[" not in plain.getvalue()
 

@@ -203,12 +203,12 @@ def test_missing_files(name: str, message: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, mode: str) -> bytes:
         raise PermissionError(13, "Permission denied")
 
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines(ROWS))
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"a\.jsonl: cannot read the file \(Permission denied\)"):
         load_records(str(path))
 

@@ -6,6 +6,8 @@ log-softmax, gather, sum. It shares no code with `tunelab`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -22,8 +24,10 @@ from transformers import (
 
 from tunelab.models.attention import PACKED_ATTENTION, plain_attention
 from tunelab.models.checkpointing import enable_checkpointing
-from tunelab.models.packed import enable_packing, packed_logprobs
+from tunelab.models.fused import forward
+from tunelab.models.packed import enable_fused_blocks, enable_packing, packed_logprobs
 from tunelab.models.padded import padded_logprobs
+from tunelab.models.shortcuts import Shortcuts
 from tunelab.types import Batch, Segment
 
 VOCAB = 97
@@ -56,6 +60,7 @@ def build(kind: str) -> PreTrainedModel:
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**gpt2)),
         "gpt2-by-layer": lambda: GPT2LMHeadModel(GPT2Config(**gpt2, scale_attn_by_inverse_layer_idx=True)),
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**grouped)),
+        "llama-biased": lambda: LlamaForCausalLM(LlamaConfig(**llama, attention_bias=True, mlp_bias=True)),
         "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**grouped, tie_word_embeddings=True)),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**grouped)),
         "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**llama)),
@@ -153,6 +158,101 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("kind", ["gpt2", "gpt2-by-layer", "llama", "llama-tied", "llama-biased", "qwen2"])
+@pytest.mark.parametrize("shortcuts", [Shortcuts(), Shortcuts(prune_last_block=False)], ids=["all", "unpruned"])
+def test_fused_blocks_equal_each_sequence_alone(shortcuts: Shortcuts, kind: str, row: str) -> None:
+    model = build(kind)
+    batch, sequences = make_row(ROWS[row])
+    expected = oracle_logprobs(model, sequences)
+    expected_gradients = gradients(model, expected)
+
+    assert enable_packing(model) is None
+    assert enable_fused_blocks(model) is None
+    found = packed_logprobs(model, batch, shortcuts=shortcuts)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    assert_same(gradients(model, found), expected_gradients)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "llama"])
+def test_gradients_made_in_the_forward_pass_are_those_of_the_sum(kind: str) -> None:
+    model = build(kind)
+    batch, sequences = make_row(ROWS["several sequences"])
+    (oracle_logprobs(model, sequences).sum() * -0.3).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert enable_packing(model) is None
+    model.zero_grad()
+    (packed_logprobs(model, batch, summed=True, shortcuts=Shortcuts()).sum() * -0.3).backward()
+    assert_same({name: p.grad.clone() for name, p in model.named_parameters()}, expected)
+
+
+def test_loss_in_the_middle_of_a_sequence() -> None:
+    """A dialogue with loss on two answers, none on the last turn: the last block starts at the first predictor and
+    stops at the last, and computes what lies between.
+    """
+    for kind in ("gpt2", "llama"):
+        model = build(kind)
+        batch, sequences = make_row([(4, [9]), (5, [7])])
+        kept = torch.tensor([1, 2, 5, 9, 10])
+        batch = replace(
+            batch,
+            loss_positions=batch.loss_positions[kept],
+            targets=batch.targets[kept],
+            sequence_ids=batch.sequence_ids[kept],
+        )
+        expected = oracle_logprobs(model, sequences)[kept]
+        expected_gradients = gradients(model, expected)
+        assert enable_packing(model) is None
+        assert batch.tail.ranges == ((4, 9), (17, 19))
+        found = packed_logprobs(model, batch, shortcuts=Shortcuts())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+        assert_same(gradients(model, found), expected_gradients)
+
+
+def test_a_sequence_without_loss_is_left_out_of_the_last_block() -> None:
+    model = build("gpt2")
+    batch, sequences = make_row([(4, [3]), (5, [7])])
+    kept = torch.arange(3)
+    batch = replace(
+        batch,
+        loss_positions=batch.loss_positions[kept],
+        targets=batch.targets[kept],
+        sequence_ids=batch.sequence_ids[kept],
+    )
+    assert enable_packing(model) is None
+    assert batch.tail.ranges == ((3, 6), (0, 0))
+    found = packed_logprobs(model, batch, shortcuts=Shortcuts())
+    torch.testing.assert_close(found, oracle_logprobs(model, sequences)[:3], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"attn_pdrop": 0.1}, "it has dropout"),
+        ({"activation_function": "relu"}, "its activation is ReLU"),
+        ({"reorder_and_upcast_attn": True}, "its attention is upcast (reorder_and_upcast_attn)"),
+    ],
+)
+def test_blocks_made_of_something_else_are_refused_with_the_reason(change: dict, reason: str) -> None:
+    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, attn_implementation="sdpa", embd_pdrop=0.0)
+    for name, value in ({"resid_pdrop": 0.0, "attn_pdrop": 0.0} | change).items():
+        setattr(config, name, value)
+    model = GPT2LMHeadModel(config).eval()
+    assert enable_packing(model) is None
+    assert enable_fused_blocks(model) == reason
+
+
+def test_blocks_put_together_in_another_way_are_found_out() -> None:
+    """The parts are Llama's, and one of them is used otherwise: only the numbers can tell."""
+    model = build("llama")
+    assert enable_packing(model) is None
+    assert enable_fused_blocks(model) is None
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output * 0.5)
+    reason = enable_fused_blocks(model)
+    assert reason is not None
+    assert "differ from the plain model's" in reason
+
+
+@pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("kind", ["gpt2", "gpt2-by-layer", "llama", "llama-tied", "qwen2", "neox"])
 def test_packed_row_equals_each_sequence_alone(kind: str, row: str) -> None:
     model = build(kind)
@@ -193,6 +293,22 @@ def test_gradient_checkpointing_changes_nothing(kind: str) -> None:
     next(blocks[0].children()).register_forward_pre_hook(lambda *_: forwards.append(1))
     found = gradients(model, packed_logprobs(model, batch))
     assert len(forwards) == 2, "the block must be computed once more in backward"
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_gradient_checkpointing_of_fused_blocks_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(kind).train()
+    assert enable_packing(model) is None
+    batch, _ = make_row(ROWS["several pairs"])
+    expected = gradients(model, packed_logprobs(model, batch, shortcuts=Shortcuts()))
+    enable_checkpointing(model)
+    forwards: list[int] = []
+    plain = forward.block_input
+    monkeypatch.setattr(forward, "block_input", lambda *arguments: forwards.append(1) or plain(*arguments))
+    found = gradients(model, packed_logprobs(model, batch, shortcuts=Shortcuts()))
+    assert len(forwards) == 4, "each of the two blocks must be computed once more in backward"
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-7)
 

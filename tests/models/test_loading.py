@@ -264,7 +264,7 @@ T5 = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda f: [p.unlink() for p in f.iterdir()], r"no model folder: it has no config\.json; it is empty"),
     "no config": (lambda f: (f / "config.json").unlink(), r"has no config\.json; it holds .*model\.safetensors"),
-    "adapter": (turn_into_adapter, r"it is an adapter, which needs its base model"),
+    "adapter": (turn_into_adapter, r"is an adapter without adapter_model\.safetensors; it has none"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), r"cannot be read by transformers"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), r"cannot be read by transformers"),
     "no model type": (lambda f: (f / "config.json").write_text("{}"), r"cannot be read by transformers"),

@@ -24,7 +24,7 @@ def test_equals_log_softmax_with_every_gradient(num: int, chunk: int, bias: bool
     leaves = [leaf for leaf in (hidden, weight, offset) if leaf is not None]
     logits = hidden @ weight.T if offset is None else hidden @ weight.T + offset
     expected = logits.log_softmax(-1)[torch.arange(num), targets]
-    found = token_logprobs(hidden, weight, targets, offset, chunk)
+    found = token_logprobs(hidden, weight, targets, offset, chunk_size=chunk)
     torch.testing.assert_close(found, expected)
     direction = torch.randn(num, generator=torch.Generator().manual_seed(99))
     for one, other in zip(

@@ -116,6 +116,7 @@ def cost(steps: int) -> dict[str, Any]:
         "tokens": tokens,
         "loss_tokens": tokens // 3,
         "flops": 7.1e8 * tokens,
+        "floor_flops": 5.58e8 * tokens,
         "flops_6nd": 8.07e8 * tokens,
         "seconds": {"training": 95.2, "evaluation": 21.4, "checkpoint": 3.1, "loading": 2.2, "total": 121.9},
         "tokens_per_second": tokens / 95.2,

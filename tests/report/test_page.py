@@ -13,6 +13,7 @@ import pytest
 from tests.report.synthetic import PROMPTS, build_run, write_evaluation
 from tunelab.config import parse_recipe
 from tunelab.report import write_report
+from tunelab.report.page import render_page
 from tunelab.runs import RunFolder
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -269,3 +270,19 @@ def test_writing_a_page_brings_no_torch(tmp_path):
         "print([m for m in ('torch', 'transformers', 'matplotlib.pyplot') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_utilisation_is_that_of_all_stages_and_only_where_all_were_measured(tmp_path):
+    """80% of 1e10 FLOP/s over 30 s and 20% of 3e10 over 10 s: 3e11 of 6e11."""
+    stages = [build_run(tmp_path, "first"), build_run(tmp_path, "second", "dpo")]
+    measured = ((2.4e11, 30.0, 1e10, 0.8), (0.6e11, 10.0, 3e10, 0.2))
+    for run, (floor, seconds, ceiling, share) in zip(stages, measured, strict=True):
+        assert "matmul ceiling used" not in render_page(stages[1], stages[:1])
+        cost = run.record()["cost"] | {
+            "floor_flops": floor,
+            "seconds": {"training": seconds},
+            "matmul_ceiling_flops_per_second": ceiling,
+            "utilisation": share,
+        }
+        run.update(cost=cost)
+    assert "50.0% of the matmul ceiling used" in render_page(stages[1], stages[:1])

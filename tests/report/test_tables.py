@@ -15,7 +15,12 @@ def as_dict(table):
 
 
 def test_cost_adds_up_but_for_peaks_and_rates():
-    second = cost(80) | {"peak_memory_bytes": 5 * 2**30, "judge_calls": 12, "utilisation": 0.31}
+    second = cost(80) | {
+        "peak_memory_bytes": 5 * 2**30,
+        "judge_calls": 12,
+        "utilisation": 0.31,
+        "matmul_ceiling_flops_per_second": 2e11,
+    }
     table = tables.cost_table([("sft", cost(120)), ("dpo", second)])
     rows = as_dict(table)
     assert table.columns == ("", "sft", "dpo", "total")
@@ -23,7 +28,9 @@ def test_cost_adds_up_but_for_peaks_and_rates():
     assert rows["Time: total"] == ["2 min 2 s", "2 min 2 s", "4 min 4 s"]
     assert rows["Peak memory"] == ["3.2 GiB", "5.0 GiB", "5.0 GiB"]
     assert rows["Tokens per second of training"] == ["2,269", "1,513", "–"]
-    assert rows["Utilisation of peak FLOP/s"] == ["–", "31.0%", "–"]
+    assert rows["FLOPs that cannot be left out"] == ["1.2 × 10¹⁴", "8.0 × 10¹³", "2.0 × 10¹⁴"]
+    assert rows["Matmul ceiling of the machine, FLOP/s"] == ["–", "2.0 × 10¹¹", "–"]
+    assert rows["Utilisation of that ceiling"] == ["–", "31.0%", "–"]
     assert rows["Judge calls"] == ["–", "12", "12"]
     assert "Step" not in rows
     times = [name for name in rows if name.startswith("Time")]

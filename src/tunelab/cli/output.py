@@ -55,6 +55,16 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
         print_line(f"{paint(name.ljust(width), '2')}  {value}")
 
 
+def format_speed(cost: Mapping[str, Any]) -> str:
+    """Of run.json's cost: tokens per second of training, and how much of the machine that uses, where it is known."""
+    rate = cost.get("tokens_per_second")
+    utilisation, ceiling = cost.get("utilisation"), cost.get("matmul_ceiling_flops_per_second")
+    parts = [f"{rate:,.0f} tokens/s"] if rate else []
+    if utilisation is not None and ceiling is not None:
+        parts.append(f"{utilisation:.0%} of this machine's matmul ceiling ({ceiling / 1e9:,.0f} GFLOP/s)")
+    return ", ".join(parts)
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], droppable: Sequence[str] = ()) -> None:
     """A table under its header, no wider than the terminal (as wide as it is, when piped); see `format_table`."""
     header, *body = format_table(columns, rows, terminal_width(), droppable)

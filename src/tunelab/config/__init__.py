@@ -4,9 +4,11 @@ from tunelab.config.loading import load_recipe, parse_recipe
 from tunelab.config.schema import (
     AdamConfig,
     AdamWConfig,
+    AdapterConfig,
     DataConfig,
     DPOConfig,
     EvaluationConfig,
+    LoRAConfig,
     ModelConfig,
     OptimizerConfig,
     Recipe,
@@ -20,9 +22,11 @@ from tunelab.config.schema import (
 __all__ = [
     "AdamConfig",
     "AdamWConfig",
+    "AdapterConfig",
     "DPOConfig",
     "DataConfig",
     "EvaluationConfig",
+    "LoRAConfig",
     "ModelConfig",
     "OptimizerConfig",
     "Recipe",

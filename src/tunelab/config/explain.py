@@ -36,6 +36,8 @@ OTHER_WORDS = {
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
     "steps": "max_steps",
+    "rank": "r",
+    "alpha": "lora_alpha",
 }
 """Words in common use that are spelled too differently for a nearest match to find the right one."""
 
@@ -127,6 +129,7 @@ def _message(problem: Any, path: KeyPath, data: Mapping[str, Any]) -> str:
 def _unknown_choice(context: Mapping[str, Any], value: Any) -> str:
     expected = str(context.get("expected_tags") or context.get("expected"))
     names = [name.strip(" '") for name in expected.replace(" or ", ", ").split(",")]
+    names = ["true" if name == "True" else name for name in names]
     if "tag" in context and isinstance(value, Mapping):
         value = value.get(context["discriminator"].strip("'"))
     if not isinstance(value, str):
@@ -238,10 +241,16 @@ def _only_kind(field: FieldInfo | None) -> type[BaseModel] | None:
 
 
 def _kinds(field: FieldInfo) -> Iterator[tuple[type[BaseModel], str | None]]:
-    """The schemas a field's section may have, each with the tag that chooses it (None if there is no choice)."""
+    """The schemas a field's section may have, each with the tag that chooses it (None if there is no choice).
+
+    A section that may be left out (`… | None`) has those of what stands beside the None.
+    """
     annotation = field.annotation
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
+    if get_origin(annotation) in (Union, UnionType):
+        sections = [member for member in get_args(annotation) if member is not type(None)]
+        annotation = sections[0] if len(sections) == 1 else annotation
     if get_origin(annotation) in (Union, UnionType) and isinstance(field.discriminator, str):
         for member in get_args(annotation):
             for tag in get_args(member.model_fields[field.discriminator].annotation):

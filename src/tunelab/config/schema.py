@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
@@ -14,8 +15,17 @@ NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**12, description="the upper end keeps sums within 64 bits")]
 
 
-DPO_LEARNING_RATE = 5e-6
-"""Default of adam and adamw for `method: {name: dpo}`; 2e-5 for SFT."""
+SFT_LEARNING_RATE, DPO_LEARNING_RATE = 2e-5, 5e-6
+"""Defaults of adam and adamw by method, for training every weight."""
+
+
+ADAPTER_LEARNING_RATE_FACTOR = 10
+"""With an adapter, adam's and adamw's default learning rate is this many times the method's.
+
+Schulman et al. 2025, "LoRA Without Regret" (Thinking Machines Lab): the best rate of LoRA is about ten times that of
+full tuning, whatever the model, the rank (at alpha/r scaling) and the task. Hu et al. 2021, appendix D: 2e-4 for LoRA
+on GPT-2 and GPT-3, 5e-6 for full tuning of GPT-3.
+"""
 
 
 SIMPO_BETA = 2.0
@@ -42,6 +52,10 @@ class ModelConfig(Section):
     )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     layout: Literal["auto", "packed", "padded"] = Field("auto", description="auto: packed where the model allows it")
+    kernels: Literal["auto", "plain"] = Field(
+        "auto",
+        description="auto: our own block functions where they compute what the model does; plain: its own modules",
+    )
     trust_remote_code: bool = False
 
     def at(self, place: str) -> ModelConfig:
@@ -67,6 +81,50 @@ class DataConfig(Section):
     limit_train: Count | None = Field(None, description="use only the first N records")
     limit_eval: Count | None = None
     shuffle: bool = True
+
+
+TARGET_PRESETS = ("all-linear", "attention", "mlp")
+
+
+def _check_targets(value: Any) -> Any:
+    """A preset or a pattern (text), or a list of names. One message for all of them: a union's would name neither."""
+    if isinstance(value, str) and value:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"'{value}' is no valid pattern ({error})") from None
+        return value
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    raise ValueError(f"expected {', '.join(TARGET_PRESETS)}, a list of module names, or a pattern for whole names")
+
+
+class LoRAConfig(Section):
+    """Low-rank adaptation (Hu et al. 2021): W stays, and s·B·A is learnt beside it; A has r rows, B has r columns.
+
+    s is lora_alpha / r, or lora_alpha / √r with `use_rslora` (Kalajdzievski 2023). The names and their meaning are
+    peft's. The output head and the embeddings are never adapted.
+    """
+
+    name: Literal["lora"] = "lora"
+    r: Annotated[int, Field(ge=1, le=2**16)] = 16
+    lora_alpha: Count = Field(
+        32, description="at one alpha, the best learning rate hardly moves with r (Schulman 2025)"
+    )
+    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    use_rslora: bool = False
+    init_lora_weights: Literal[True, "gaussian"] = Field(
+        True, description="of A: true is uniform in ±1/√in, as the authors' code; gaussian has variance 1/r². B is 0"
+    )
+    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_check_targets)] = Field(
+        "all-linear",
+        description="all-linear (but the output head), attention, mlp; a list of module names; or a regular expression "
+        "for whole module names",
+    )
+
+
+AdapterConfig = LoRAConfig
+"""What `adapter` may be; further kinds join a union here, told apart by `name`."""
 
 
 class SFTConfig(Section):
@@ -194,7 +252,7 @@ class AdamConfig(_Optimizer):
     """Adam with L2 regularisation in the gradient (Kingma & Ba 2015)."""
 
     name: Literal["adam"] = "adam"
-    learning_rate: Positive = 2e-5
+    learning_rate: Positive = SFT_LEARNING_RATE
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), strict=False
     )
@@ -215,6 +273,9 @@ class TrainingConfig(Section):
 
     per_device_train_batch_size: Count = Field(8, description="records (sequences or pairs) per micro-batch")
     gradient_accumulation_steps: Count = 1
+    max_tokens_per_micro_batch: Count | None = Field(
+        None, description="a micro-batch with more tokens is split (never a record); default: by device"
+    )
     num_train_epochs: Positive = 1.0
     max_steps: Count | None = Field(None, description="optimizer steps; overrides num_train_epochs")
     max_grad_norm: Positive | None = Field(1.0, description="null: no clipping")
@@ -253,6 +314,7 @@ class Recipe(Section):
 
     model: ModelConfig
     data: DataConfig
+    adapter: AdapterConfig | None = Field(None, description="null: every weight is trained")
     method: MethodConfig
     optimizer: OptimizerConfig = AdamWConfig()
     training: TrainingConfig = TrainingConfig()
@@ -261,15 +323,17 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_learning_rate_of_the_method(cls, data: Any) -> Any:
-        """Preference tuning starts from a tuned model and needs smaller steps than SFT."""
-        method = data.get("method") if isinstance(data, dict) else None
-        if not isinstance(method, dict) or method.get("name") != "dpo":
+    def _default_learning_rate(cls, data: Any) -> Any:
+        """Preference tuning starts from a tuned model and needs smaller steps than SFT; adapters need larger ones."""
+        if not isinstance(data, dict):
             return data
-        optimizer = data.get("optimizer", {"name": "adamw"})
-        if isinstance(optimizer, dict) and optimizer.get("name") in ("adam", "adamw"):
-            return {**data, "optimizer": {"learning_rate": DPO_LEARNING_RATE, **optimizer}}
-        return data
+        method, optimizer = data.get("method"), data.get("optimizer", {"name": "adamw"})
+        if not isinstance(optimizer, dict) or optimizer.get("name") not in ("adam", "adamw"):
+            return data
+        preference = isinstance(method, dict) and method.get("name") == "dpo"
+        rate = DPO_LEARNING_RATE if preference else SFT_LEARNING_RATE
+        factor = 1 if data.get("adapter") is None else ADAPTER_LEARNING_RATE_FACTOR
+        return {**data, "optimizer": {"learning_rate": rate * factor, **optimizer}}
 
     def resolved(self) -> dict[str, Any]:
         """Every value, defaults included, as plain JSON-able data."""

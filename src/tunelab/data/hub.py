@@ -4,17 +4,50 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from tunelab.data.reading import Row
+from tunelab.data.reading import ParsedRows, Row, row_blocks
 from tunelab.errors import DataError, MachineError
 from tunelab.types import Origin
 
 OFFLINE_MEND = "a local file or folder, or builtin:helpful-mini, works without it"
 
 
-def load_rows(name: str, split: str, subset: str | None) -> tuple[str, list[Row]]:
-    """(SHA-256 over the rows as JSON, rows) of one split. `subset`: one of the configurations, else a `data_dir`.
+@dataclass(frozen=True)
+class HubTable:
+    """One split of a data set, which `datasets` keeps on disk and hands out row by row. `name` as shown in messages."""
+
+    name: str
+    table: Any
+
+    def digest(self) -> str:
+        """SHA-256 over the rows as JSON. What is on disk does not change: they are gone through once."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for values in self.table:
+            digest.update(json.dumps(values, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
+
+    def blocks(self) -> Iterator[ParsedRows]:
+        number, total = 0, len(self.table)
+
+        def rows() -> Iterator[Row]:
+            nonlocal number
+            for values in self.table:
+                number += 1
+                yield Origin(self.name, number), values
+
+        return row_blocks(rows(), lambda: number / total)
+
+
+def open_table(name: str, split: str, subset: str | None) -> HubTable:
+    """One split of a data set of the hub. `subset`: one of its configurations, else a `data_dir`.
 
     Raises MachineError if `datasets` is not installed or the hub cannot be reached, DataError if the hub has no such
     data set, subset or split.
@@ -31,13 +64,7 @@ def load_rows(name: str, split: str, subset: str | None) -> tuple[str, list[Row]
         raise MachineError(f"{name}: no such file here, and no hub in reach ({_line(error)}); {OFFLINE_MEND}") from None
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise DataError(f"{name}: no such file here, and not readable from the hub: {_line(error)}") from None
-    digest = hashlib.sha256()
-    rows: list[Row] = []
-    shown = f"{name}/{subset}[{split}]" if subset else f"{name}[{split}]"
-    for number, values in enumerate(table, start=1):
-        digest.update(json.dumps(values, sort_keys=True, default=str).encode() + b"\n")
-        rows.append((Origin(shown, number), values))
-    return digest.hexdigest(), rows
+    return HubTable(f"{name}/{subset}[{split}]" if subset else f"{name}[{split}]", table)
 
 
 def _load(datasets: Any, name: str, split: str, subset: str | None) -> Any:

@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tunelab.data.dataset import Dataset
 from tunelab.data.encoding import Tokenizer
-from tunelab.data.examples import Dataset
 from tunelab.data.loader import fixed_sample
-from tunelab.data.records import RecordSet
-from tunelab.data.summary import MAX_LISTED
 from tunelab.types import Example
 
 if TYPE_CHECKING:
@@ -74,9 +72,7 @@ def _token_texts(ids: list[int], tokenizer: Tokenizer) -> list[tuple[int, int, s
     return found
 
 
-def inspection(
-    records: RecordSet, dataset: Dataset, tokenizer: Tokenizer, *, samples: int = 3, seed: int = 0
-) -> dict[str, Any]:
+def inspection(dataset: Dataset, tokenizer: Tokenizer, *, samples: int = 3, seed: int = 0) -> dict[str, Any]:
     """Summary, problems and sample records, as plain JSON data.
 
     Keys: `schema_version`; `summary` (DataSummary); `problems` (the first MAX_LISTED, each with `origin`, `kind` and
@@ -88,7 +84,7 @@ def inspection(
         "summary": dataset.summary.to_json(),
         "problems": [
             {"origin": str(problem.origin), "kind": problem.kind, "message": problem.message}
-            for problem in records.skipped[:MAX_LISTED]
+            for problem in dataset.problems
         ],
         "samples": [_sample(dataset.examples[index], tokenizer) for index in fixed_sample(len(dataset), samples, seed)],
     }

@@ -17,6 +17,36 @@ def pack_batches(examples: Sequence[Example], indices: Iterable[int], batch_size
         yield pack([examples[index] for index in part], part)
 
 
+def split_by_tokens(record_ids: np.ndarray, num_tokens: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Split records, in their order, into as few runs of at most `budget` tokens as possible, of like size.
+
+    record_ids, num_tokens: (N,). A record with more tokens than the budget is a run of its own. Like size, because a
+    short last row would use the machine badly: matrix products need rows.
+    """
+    if not len(record_ids):
+        return []
+    low, high = int(num_tokens.max()), max(budget, int(num_tokens.max()))
+    fewest = len(_runs(num_tokens, high))
+    while low < high:  # the smallest limit that needs no more runs
+        middle = (low + high) // 2
+        if len(_runs(num_tokens, middle)) <= fewest:
+            high = middle
+        else:
+            low = middle + 1
+    return np.split(record_ids, _runs(num_tokens, high)[1:])
+
+
+def _runs(num_tokens: np.ndarray, limit: int) -> list[int]:
+    """Where each run starts if it takes all it can."""
+    starts, total = [0], 0
+    for i, tokens in enumerate(num_tokens.tolist()):
+        if i and total + tokens > limit:
+            starts.append(i)
+            total = 0
+        total += tokens
+    return starts
+
+
 def pack(examples: Sequence[Example], record_ids: Sequence[int], pin: bool = False) -> Batch:
     """Lay whole examples end to end.
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tunelab.data.dataset import Dataset
 from tunelab.data.encoding import Tokenizer, beginning_of_sequence, encode_batch
-from tunelab.data.examples import Dataset
 from tunelab.data.loader import random_order
 from tunelab.data.problems import BadRecord
 from tunelab.data.rendering import RenderName, apply_template, as_turns, resolve_mode

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
+import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, BinaryIO
 
 from tunelab.data.problems import BadRecord, Problem, describe, one_line
 from tunelab.errors import DataError
@@ -29,6 +31,10 @@ Row = tuple[Origin, dict[str, Any]]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 """File names this reader accepts, in any case."""
 
+BLOCK_BYTES = 1 << 18
+BLOCK_ROWS = 512
+"""What is read, and handed to another process, at a time: some hundred records."""
+
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -38,45 +44,125 @@ def data_suffix(name: str) -> str | None:
     return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), None)
 
 
-def read_rows(data: bytes, name: str, suffix: str) -> Iterator[Row | Problem]:
-    """The rows of one file; a line that cannot be read is a Problem in its place.
+@dataclass(frozen=True)
+class RawLines:
+    """Whole lines of a JSON Lines file, not yet parsed: quick to cut off, and cheap to hand to another process.
 
-    `name` is the file as the user named it, `suffix` one of SUFFIXES. Raises DataError, naming the file and where
-    possible the line, if the file as a whole cannot be read or holds no record.
+    `number` is that of the first line. `done`: how much of the file has been read by the end of them, 0 to 1.
     """
-    if suffix.endswith(".gz"):
-        data = _gunzip(data, name)
+
+    name: str
+    number: int
+    data: bytes
+    done: float
+
+    def rows(self) -> Iterator[Row | Problem]:
+        return _read_json_lines(self.data, self.name, self.number)
+
+
+@dataclass(frozen=True)
+class ParsedRows:
+    """Rows of a file that only one process can read. `done` as in RawLines."""
+
+    items: tuple[Row | Problem, ...]
+    done: float
+
+    def rows(self) -> Iterator[Row | Problem]:
+        return iter(self.items)
+
+
+Block = RawLines | ParsedRows
+
+
+def read_blocks(file: BinaryIO, name: str, suffix: str) -> Iterator[Block]:
+    """The rows of one file, a few hundred at a time; a line that cannot be read is a Problem in its place.
+
+    `name` is the file as the user named it, `suffix` one of SUFFIXES. JSON Lines, CSV and Parquet are never in memory
+    as a whole; a JSON array is. Raises DataError, naming the file and where possible the line, if the file as a whole
+    cannot be read or holds no record.
+    """
+    size = max(1, os.fstat(file.fileno()).st_size)
+
+    def done() -> float:
+        return min(1.0, file.tell() / size)
+
     if suffix == ".parquet":
-        rows = _read_parquet(data, name)
+        blocks: Iterator[Block] = _parquet_blocks(file, name)
     else:
-        if data.startswith(_UTF16_BOMS):
-            raise DataError(f"{name}: encoded as UTF-16; save it as UTF-8")
-        read = {".jsonl": _read_json_lines, ".json": _read_json_array, ".csv": _read_csv}
-        rows = read[suffix.removesuffix(".gz")](data.removeprefix(_UTF8_BOM), name)
+        chunks = _without_mark(_gunzip(file, name) if suffix.endswith(".gz") else _chunks(file), name)
+        kind = suffix.removesuffix(".gz")
+        if kind == ".jsonl":
+            blocks = _line_blocks(chunks, name, done)
+        elif kind == ".csv":
+            blocks = row_blocks(_read_csv(_decoded_lines(chunks, name), name), done)
+        else:
+            blocks = row_blocks(_read_json_array(b"".join(chunks), name), done)
     empty = True
-    for row in rows:
-        empty = False
-        yield row
+    for block in blocks:
+        empty = empty and isinstance(block, RawLines) and block.data.isspace()
+        yield block
     if empty:
         raise DataError(f"{name}: empty file; expected at least one record")
 
 
-def _gunzip(data: bytes, name: str) -> bytes:
-    whole = io.BytesIO()
-    if not data:
+def row_blocks(rows: Iterable[Row | Problem], done: Callable[[], float]) -> Iterator[ParsedRows]:
+    """Rows, BLOCK_ROWS at a time. `done` is asked at the end of each block."""
+    rows = iter(rows)
+    while block := tuple(islice(rows, BLOCK_ROWS)):
+        yield ParsedRows(block, done())
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(BLOCK_BYTES):
+        yield chunk
+
+
+def _gunzip(file: BinaryIO, name: str) -> Iterator[bytes]:
+    line = 1
+    head = file.read(2)
+    file.seek(0)
+    if not head:
         raise DataError(f"{name}: empty file; expected gzip data")
     try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
-            while chunk := stream.read1(1 << 20):
-                whole.write(chunk)
+        with gzip.GzipFile(fileobj=file) as stream:
+            while chunk := stream.read1(BLOCK_BYTES):
+                yield chunk
+                line += chunk.count(b"\n")
     except EOFError:
-        line = whole.getvalue().count(b"\n") + 1
         raise DataError(f"{name}:{line}: the gzip data is cut short here; download or copy the file again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        if not data.startswith(b"\x1f\x8b"):
+        if head != b"\x1f\x8b":
             raise DataError(f"{name}: named .gz but not gzip data; rename it, or compress it") from None
         raise DataError(f"{name}: damaged gzip data ({error}); download or copy the file again") from None
-    return whole.getvalue()
+
+
+def _without_mark(chunks: Iterator[bytes], name: str) -> Iterator[bytes]:
+    """The chunks less a UTF-8 byte-order mark."""
+    head = b""
+    while len(head) < len(_UTF8_BOM) and (chunk := next(chunks, b"")):
+        head += chunk
+    if head.startswith(_UTF16_BOMS):
+        raise DataError(f"{name}: encoded as UTF-16; save it as UTF-8")
+    yield head.removeprefix(_UTF8_BOM)
+    yield from chunks
+
+
+def _whole_lines(chunks: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """The same bytes, cut behind line ends only, at least `size` of them at a time."""
+    kept: list[bytes] = []
+    length = 0
+    for chunk in chunks:
+        cut = chunk.rfind(b"\n") + 1
+        if cut and length + cut >= size:
+            yield b"".join((*kept, chunk[:cut]))
+            kept, length, chunk = [], 0, chunk[cut:]
+        kept.append(chunk)
+        length += len(chunk)
+    if length:
+        yield b"".join(kept)
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------------
@@ -97,8 +183,15 @@ def _refuse_constant(name: str) -> None:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
 
 
-def _read_json_lines(data: bytes, name: str) -> Iterator[Row | Problem]:
-    for number, line in enumerate(data.split(b"\n"), start=1):
+def _line_blocks(chunks: Iterator[bytes], name: str, done: Callable[[], float]) -> Iterator[RawLines]:
+    number = 1
+    for data in _whole_lines(chunks, BLOCK_BYTES):
+        yield RawLines(name, number, data, done())
+        number += data.count(b"\n")
+
+
+def _read_json_lines(data: bytes, name: str, first: int) -> Iterator[Row | Problem]:
+    for number, line in enumerate(data.split(b"\n"), start=first):
         if not line.strip():
             continue
         origin = Origin(name, number)
@@ -157,10 +250,10 @@ def _read_json_array(data: bytes, name: str) -> Iterator[Row | Problem]:
 # --- CSV -----------------------------------------------------------------------------------------------------------
 
 
-def _read_csv(data: bytes, name: str) -> Iterator[Row | Problem]:
+def _read_csv(lines: Iterator[str], name: str) -> Iterator[Row | Problem]:
     # The csv module's limit on a cell (131,072 characters) is process-wide and shorter than a long document.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(_decode(data, name), newline=""), strict=True)
+    reader = csv.reader(lines, strict=True)
     header: list[str] | None = None
     line = 1
     try:
@@ -195,9 +288,20 @@ def _cell(column: str, text: str) -> str | bool:
     return text
 
 
-def _decode(data: bytes, name: str) -> str:
+def _decoded_lines(chunks: Iterator[bytes], name: str) -> Iterator[str]:
+    """Text as the csv module wants it: a line at a time with its end, which may be that of an old Macintosh."""
+    number = 0
+    for data in _whole_lines(chunks, BLOCK_BYTES):
+        for line in data.splitlines(keepends=True):
+            number += 1
+            yield _decode(line, name, number)
+
+
+def _decode(data: bytes, name: str, first: int = 1) -> str:
+    """`data` as text; it begins with line `first` of the file. Raises DataError with line and column."""
+
     def place(at: int) -> tuple[int, int]:
-        return data.count(b"\n", 0, at) + 1, at - data.rfind(b"\n", 0, at)
+        return first + data.count(b"\n", 0, at), at - data.rfind(b"\n", 0, at)
 
     if (at := data.find(b"\0")) >= 0:
         line, column = place(at)
@@ -214,24 +318,25 @@ def _decode(data: bytes, name: str) -> str:
 # --- Parquet -------------------------------------------------------------------------------------------------------
 
 
-def _read_parquet(data: bytes, name: str) -> Iterator[Row | Problem]:
+def _parquet_blocks(file: BinaryIO, name: str) -> Iterator[ParsedRows]:
     # Imported here: pyarrow costs a quarter of a second, and most data is JSON Lines.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not data:
+    if not file.read(1):
         return
+    file.seek(0)
     try:
-        file = pq.ParquetFile(io.BytesIO(data))
-        names: list[str] = file.schema_arrow.names
+        table = pq.ParquetFile(file)
+        names: list[str] = table.schema_arrow.names
         if len(set(names)) < len(names):
             twice = next(column for column, count in Counter(names).items() if count > 1)
             raise DataError(f"{name}: column '{twice}' appears twice")
         number = 0
-        for batch in file.iter_batches():
-            for values in batch.to_pylist():
-                number += 1
-                yield Origin(name, number), values
+        for batch in table.iter_batches(BLOCK_ROWS):
+            rows = tuple((Origin(name, at), values) for at, values in enumerate(batch.to_pylist(), start=number + 1))
+            number += len(rows)
+            yield ParsedRows(rows, number / table.metadata.num_rows)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: not readable as Parquet: {reason}; download or write the file again") from None

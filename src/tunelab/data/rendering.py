@@ -95,8 +95,12 @@ def sides(record: Record) -> tuple[str | Turns, tuple[str | Turns, ...]]:
     return "", (record.text,)
 
 
-def render_record(record: Record, tokenizer: Tokenizer, mode: RenderMode, *, last_only: bool) -> Rendered:
+def render_record(
+    record: Record, tokenizer: Tokenizer, mode: RenderMode, endings: tuple[str, ...], *, last_only: bool
+) -> Rendered:
     """A record as text with its loss. `last_only`: loss on the last assistant turn, not on all of the completion's.
+
+    endings: `turn_endings`, which take too long to be looked up for each record.
 
     Raises BadRecord if the chat template refuses the turns or does not keep earlier ones as they were.
     """
@@ -106,11 +110,14 @@ def render_record(record: Record, tokenizer: Tokenizer, mode: RenderMode, *, las
         head, space = _as_prompt(prompt, mode)
         return Rendered(head, tuple(Answer((Piece(f"{space}{text}", True),), True) for text in completions))
     context = as_turns(prompt)
-    write = _chat_pieces if mode == "chat" else _transcript_pieces
     heads, answers = [], []
     for completion in completions:
         turns = _answer_turns(prompt, completion)
-        head, answer = write(tokenizer, (*context, *turns), _loss_turns(len(context), turns, last_only))
+        whole, loss_turns = (*context, *turns), _loss_turns(len(context), turns, last_only)
+        if mode == "chat":
+            head, answer = _chat_pieces(tokenizer, whole, loss_turns, endings)
+        else:
+            head, answer = _transcript_pieces(whole, loss_turns)
         heads.append(head)
         answers.append(answer)
     return Rendered(heads[0], tuple(answers))
@@ -146,7 +153,7 @@ def _loss_turns(offset: int, completion: Turns, last_only: bool) -> list[int]:
 # --- transcripts ---------------------------------------------------------------------------------------------------
 
 
-def _transcript_pieces(tokenizer: Tokenizer, turns: Turns, loss_turns: Sequence[int]) -> tuple[str, Answer]:
+def _transcript_pieces(turns: Turns, loss_turns: Sequence[int]) -> tuple[str, Answer]:
     pieces: list[Piece] = []
     start = 0
     for index in loss_turns:
@@ -174,9 +181,10 @@ def apply_template(tokenizer: Tokenizer, turns: Turns, *, invite: bool) -> str:
     return text
 
 
-def _chat_pieces(tokenizer: Tokenizer, turns: Turns, loss_turns: Sequence[int]) -> tuple[str, Answer]:
+def _chat_pieces(
+    tokenizer: Tokenizer, turns: Turns, loss_turns: Sequence[int], endings: tuple[str, ...]
+) -> tuple[str, Answer]:
     whole = apply_template(tokenizer, turns, invite=False)
-    special = special_tokens(tokenizer)
     pieces: list[Piece] = []
     position, ended = 0, False
     for index in loss_turns:
@@ -190,21 +198,19 @@ def _chat_pieces(tokenizer: Tokenizer, turns: Turns, loss_turns: Sequence[int]) 
                 "placed exactly; train on the last answer only (method.loss_on: last_completion), or use "
                 "data.render: transcript",
             )
-        end, ended = _end_of_turn(after, len(before), special)
+        end, ended = _end_of_turn(after, len(before), endings)
         pieces += [Piece(whole[position : len(before)], False), Piece(whole[len(before) : end], True)]
         position = end
     return pieces[0].text, Answer(tuple(pieces[1:]), eos=not ended)
 
 
-def special_tokens(tokenizer: Tokenizer) -> set[str]:
-    """The tokenizer's special tokens as text: the named ones (EOS, …) and the added ones that are marked so."""
+def turn_endings(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The tokenizer's special tokens as text, which may end a turn: the named ones and the added ones marked so."""
     added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return {*tokenizer.all_special_tokens, *added}
+    return tuple(sorted(token.rstrip() for token in {*tokenizer.all_special_tokens, *added} if token.strip()))
 
 
-def _end_of_turn(text: str, start: int, special: set[str]) -> tuple[int, bool]:
+def _end_of_turn(text: str, start: int, endings: tuple[str, ...]) -> tuple[int, bool]:
     """(where the answer text[start:] ends, whether a special token ends it), white space after that token left out."""
     body = text[start:].rstrip()
-    if any(body.endswith(token.rstrip()) for token in special if token.strip()):
-        return start + len(body), True
-    return len(text), False
+    return (start + len(body), True) if body.endswith(endings) else (len(text), False)

@@ -38,6 +38,11 @@ class Shape:
         return {key for key in fields.raw if key not in self.fields and key not in self.optional} | fields.unread
 
 
+def shape_named(name: str) -> Shape:
+    """The one of SHAPES that is called `name`: shapes are compared by identity, and another process has its own."""
+    return next(shape for shape in SHAPES if shape.name == name)
+
+
 def detect_shape(raw: dict[str, Any]) -> Shape | None:
     """The first shape of SHAPES whose fields the record has, or None."""
     return next((shape for shape in SHAPES if shape.matches(raw)), None)

@@ -1,6 +1,6 @@
 """What a recipe's `data.train` and `data.eval` may name → the parts to read, in a fixed order.
 
-- a file, read whole whatever the split is called;
+- a file, all of it whatever the split is called;
 - a folder: its files with the split in their names (`train.jsonl`, `train-00000-of-00002.parquet`), sorted; all of its
   data files if no name tells a split. `subset` names a folder inside it;
 - `builtin:NAME`, carried by the package;
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from tunelab.data import hub
-from tunelab.data.problems import Problem
-from tunelab.data.reading import SUFFIXES, Row, data_suffix, read_rows
+from tunelab.data.reading import SUFFIXES, Block, data_suffix, read_blocks
 from tunelab.errors import DataError, did_you_mean
 
 BUILTIN_PREFIX = "builtin:"
@@ -27,12 +28,41 @@ _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-@dataclass(frozen=True)
-class Part:
-    """One file, or one split of a hub data set. `digest` is the SHA-256 of its bytes."""
+class Part(Protocol):
+    """One file, or one split of a hub data set. `name` as shown in messages."""
 
-    digest: str
-    rows: Callable[[], Iterator[Row | Problem]]
+    @property
+    def name(self) -> str: ...
+
+    def digest(self) -> str:
+        """SHA-256 of its bytes as stored (of a .gz: compressed)."""
+
+    def blocks(self) -> Iterator[Block]:
+        """Its rows. Raises DataError if it cannot be read as what its name says."""
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """A file of one of the kinds this room reads."""
+
+    path: Path
+    name: str
+    suffix: str
+
+    def digest(self) -> str:
+        with self._readable(), self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def blocks(self) -> Iterator[Block]:
+        with self._readable(), self.path.open("rb") as file:
+            yield from read_blocks(file, self.name, self.suffix)
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(f"{self.name}: cannot read the file ({error.strerror})") from None
 
 
 def open_source(source: str, split: str, subset: str | None) -> Iterator[Part]:
@@ -51,21 +81,16 @@ def open_source(source: str, split: str, subset: str | None) -> Iterator[Part]:
     elif path.exists():
         yield _file_part(path, source)
     elif _looks_like_hub(source, path):
-        digest, rows = hub.load_rows(source, split, subset)
-        yield Part(digest, lambda: iter(rows))
+        yield hub.open_table(source, split, subset)
     else:
         raise _missing(source, path)
 
 
-def _file_part(path: Path, name: str) -> Part:
+def _file_part(path: Path, name: str) -> FilePart:
     suffix = data_suffix(path.name)
     if suffix is None:
         raise DataError(f"{name}: cannot read this kind of file; give one of {', '.join(SUFFIXES)}")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{name}: cannot read the file ({error.strerror})") from None
-    return Part(hashlib.sha256(data).hexdigest(), lambda: read_rows(data, name, suffix))
+    return FilePart(path, name, suffix)
 
 
 def _builtin_file(name: str, split: str) -> Path:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from tunelab.types import Example, Origin
+from tunelab.data.columns import Examples
+from tunelab.types import Origin
 
 MAX_LISTED = 50
 """Origins listed in full; beyond it, only counted."""
@@ -21,10 +22,20 @@ class Listed:
     count: int
     origins: tuple[str, ...]
 
-    @classmethod
-    def of(cls, origins: Iterable[Origin]) -> Listed:
-        names = [str(origin) for origin in origins]
-        return cls(len(names), tuple(names[:MAX_LISTED]))
+
+class Tally:
+    """Counts records of one fate, chunk by chunk, and remembers where the first MAX_LISTED came from."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[Origin] = []
+
+    def add(self, origins: Sequence[Origin]) -> None:
+        self.count += len(origins)
+        self.first += origins[: MAX_LISTED - len(self.first)]
+
+    def listed(self) -> Listed:
+        return Listed(self.count, tuple(str(origin) for origin in self.first))
 
 
 @dataclass(frozen=True)
@@ -38,9 +49,9 @@ class Lengths:
     max: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Lengths:
+    def of(cls, lengths: np.ndarray) -> Lengths:
         p5, p50, p95 = (round(float(p), 1) for p in np.percentile(lengths, (5, 50, 95)))
-        return cls(p5, p50, p95, round(float(np.mean(lengths)), 1), int(max(lengths)))
+        return cls(p5, p50, p95, round(float(np.mean(lengths)), 1), int(lengths.max()))
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,16 @@ class DataSummary:
         plain: dict[str, Any] = _plain(asdict(self))
         return plain
 
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> DataSummary:
+        """What `to_json` wrote."""
+        values = dict(plain)
+        for name in ("skipped", "excluded", "dropped", "prompts_cut", "completions_cut"):
+            values[name] = Listed(values[name]["count"], tuple(values[name]["origins"]))
+        values["ignored_columns"] = tuple(values["ignored_columns"])
+        values["lengths"] = {name: Lengths(**lengths) for name, lengths in values["lengths"].items()}
+        return cls(**values)
+
     def sentence(self) -> str:
         """One line for a log."""
         parts = [f"{self.used:,} of {self.records:,} records of {self.source} ({self.shape}, as {self.render})"]
@@ -97,22 +118,27 @@ class DataSummary:
         return "; ".join(parts)
 
 
-def compute_lengths(examples: Sequence[Example], names: Sequence[str]) -> dict[str, Lengths]:
+def compute_lengths(examples: Examples, names: Sequence[str]) -> dict[str, Lengths]:
     """Lengths of the prompt, of each completion under its name, and of the packed record (`total`)."""
-    found = {"prompt": Lengths.of([len(example.prompt_ids) for example in examples])}
+    found = {"prompt": Lengths.of(examples.columns["prompt_lengths"])}
     for index, name in enumerate(names):
-        found[name] = Lengths.of([len(example.completions[index].ids) for example in examples])
-    return found | {"total": Lengths.of([example.num_tokens for example in examples])}
+        found[name] = Lengths.of(examples.columns["completion_lengths"][:, index])
+    return found | {"total": Lengths.of(examples.num_tokens)}
 
 
-def compute_padded_tokens(examples: Sequence[Example], batch_size: int) -> int:
+def compute_padded_tokens(examples: Examples, batch_size: int) -> int:
     """Positions of batches padded to their longest sequence, each completion with its own copy of the prompt."""
-    total = 0
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        lengths = [len(example.prompt_ids) + len(c.ids) for example in batch for c in example.completions]
-        total += len(lengths) * max(lengths)
-    return total
+    lengths = examples.sequence_lengths
+    longest = np.maximum.reduceat(lengths.max(1), np.arange(0, len(lengths), batch_size), dtype=np.int64)
+    in_batch = np.full(len(longest), batch_size)
+    in_batch[-1] = len(lengths) - batch_size * (len(longest) - 1)
+    return int(longest @ in_batch) * lengths.shape[1]
+
+
+def list_cut(examples: Examples, cut: np.ndarray) -> Listed:
+    """The examples with `cut` tokens, (N,) or (N, K), other than 0."""
+    found = np.unique(np.nonzero(cut)[0])
+    return Listed(len(found), tuple(str(examples.origin(int(index))) for index in found[:MAX_LISTED]))
 
 
 def _plain(value: Any) -> Any:

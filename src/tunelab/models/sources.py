@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from tunelab.config import ModelConfig
 from tunelab.errors import ConfigError, did_you_mean
-from tunelab.manifest import MANIFEST, list_checkpoints, verify_checkpoint
+from tunelab.manifest import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MANIFEST, list_checkpoints, verify_checkpoint
 from tunelab.models.builtin import BUILTIN_MODELS
 
 Kind = Literal["builtin", "folder", "gguf", "hub"]
@@ -84,6 +84,32 @@ def check_weights(folder: Path) -> None:
             ) from None
 
 
+def is_adapter(source: Source) -> bool:
+    """Whether the folder holds an adapter, which needs a base model, and not a model itself."""
+    folder = Path(source.name)
+    return source.kind == "folder" and (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def read_adapter_base(folder: Path) -> tuple[str, str | None]:
+    """Name (or path) and revision of the model an adapter was trained on, once its files have been found whole.
+
+    Raises ConfigError if a file is missing or damaged, or names no base.
+    """
+    if folder.joinpath(MANIFEST).is_file():
+        verify_checkpoint(folder, model_only=True)
+    if not folder.joinpath(ADAPTER_WEIGHTS).is_file():
+        pickled = "only pickled weights, which can run any code when read" if any(folder.glob("*.bin")) else "none"
+        raise ConfigError(f"model.name: {folder} is an adapter without {ADAPTER_WEIGHTS}; it has {pickled}")
+    try:
+        described = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base, revision = described.get("base_model_name_or_path"), described.get("revision")
+    except (ValueError, AttributeError):
+        raise ConfigError(f"model.name: {folder / ADAPTER_CONFIG} is damaged; copy the adapter again") from None
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"model.name: {folder / ADAPTER_CONFIG} names no base_model_name_or_path; add it there")
+    return base, revision if isinstance(revision, str) else None
+
+
 def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -105,8 +131,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _found(folder: Path) -> str:
     """A clause on what the folder is instead, where that can be said."""
-    if folder.joinpath("adapter_config.json").is_file():
-        return "; it is an adapter, which needs its base model: merge it first"
     if checkpoints := sorted(path.parent.name for path in folder.glob("*/config.json")):
         return f"; did you mean {folder / checkpoints[-1]}?"
     if ggufs := sorted(folder.glob("*.gguf")):

@@ -42,6 +42,7 @@ class PreferenceObjective:
     loss: Callable[..., Tensor]
     beta: float
     needs_reference: bool = True
+    sums_logprobs: bool = False
     length_average: bool = False
     extra_metrics: Callable[[Tensor], dict[str, Tensor]] | None = None
 

@@ -21,6 +21,10 @@ class Objective(Protocol):
     def needs_reference(self) -> bool:
         """Whether `loss_sum` reads the reference model's log-probabilities."""
 
+    @property
+    def sums_logprobs(self) -> bool:
+        """Whether the loss is a constant times Σ log π(target), whose gradient is known before the loss is."""
+
     def weight(self, batch: Batch) -> Tensor:
         """What the loss is averaged over: targets, or pairs. 0-d float32 on the batch's device."""
 

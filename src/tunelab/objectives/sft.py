@@ -18,6 +18,7 @@ class SFTObjective:
     """
 
     needs_reference: bool = False
+    sums_logprobs: bool = True
 
     def weight(self, batch: Batch) -> Tensor:
         """Number of targets."""

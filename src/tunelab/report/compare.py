@@ -229,10 +229,11 @@ def recipe_keys() -> frozenset[str]:
 
 def _section_keys(section: type[BaseModel], prefix: str) -> Iterable[str]:
     for name, field in section.model_fields.items():
-        nested = [m for m in _members(field.annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+        members = _members(field.annotation)
+        nested = [m for m in members if isinstance(m, type) and issubclass(m, BaseModel)]
         for member in nested:
             yield from _section_keys(member, f"{prefix}{name}.")
-        if not nested:
+        if len(nested) < len(members):  # a plain value, or a section that may be null
             yield f"{prefix}{name}"
 
 

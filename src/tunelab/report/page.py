@@ -276,11 +276,22 @@ def _cost_tiles(stages: Sequence[Stage]) -> list[Tile]:
     if flops := total("flops"):
         classic = total("flops_6nd")
         note = f"FLOPs; 6ND gives {formatting.scientific(classic)}" if classic else "FLOPs"
+        if (utilisation := _utilisation(costs)) is not None:
+            note += f"; {formatting.percent(utilisation)} of the matmul ceiling used"
         tiles.append(Tile("Compute", formatting.scientific(flops), note))
     if peak := max((cost.get("peak_memory_bytes", 0) for cost in costs), default=0):
         device = (stages[-1].record.get("model") or {}).get("device", "")
         tiles.append(Tile("Peak memory", formatting.memory(peak), f"on {device}" if device else ""))
     return tiles
+
+
+def _utilisation(costs: Sequence[Json]) -> float | None:
+    """Share of the matmul ceilings that all stages together used, or None where one did not measure its own."""
+    if not all(cost.get("utilisation") is not None for cost in costs):
+        return None
+    available = sum(cost["seconds"]["training"] * cost["matmul_ceiling_flops_per_second"] for cost in costs)
+    used: float = sum(cost["floor_flops"] for cost in costs)
+    return used / available
 
 
 def _environment_tables(record: Json) -> list[tables.Table]:

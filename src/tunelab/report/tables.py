@@ -50,13 +50,15 @@ _COST_ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("tokens", "Tokens trained on", count),
     ("loss_tokens", "of which carry loss", count),
     ("flops", "FLOPs, by formula", scientific),
+    ("floor_flops", "FLOPs that cannot be left out", scientific),
     ("flops_6nd", "FLOPs, 6 × parameters × tokens", scientific),
     ("seconds", "Time", duration),
     ("tokens_per_second", "Tokens per second of training", count),
     ("peak_memory_bytes", "Peak memory", memory),
-    ("utilisation", "Utilisation of peak FLOP/s", percent),
+    ("matmul_ceiling_flops_per_second", "Matmul ceiling of the machine, FLOP/s", scientific),
+    ("utilisation", "Utilisation of that ceiling", percent),
 )
-_NOT_SUMMED = {"tokens_per_second", "utilisation"}
+_NOT_SUMMED = {"tokens_per_second", "matmul_ceiling_flops_per_second", "utilisation"}
 
 
 def cost_table(stages: Sequence[tuple[str, Json]]) -> Table | None:

@@ -2,6 +2,7 @@
 
     checkpoints/step-000200/
         model.safetensors, config.json, tokenizer files     opens in transformers as it stands
+        (or adapter_model.safetensors, adapter_config.json  opens in peft, on its base model)
         optimizer.safetensors, optimizer.json               state tensors by parameter number; groups
         rng.safetensors, state.json                         generators; counters, fingerprints, environment
         manifest.json                                       sha256 and size of every file above, written last

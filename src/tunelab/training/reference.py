@@ -2,7 +2,8 @@
 
 The reference of DPO and its kin never changes during a run, so its forward passes are paid once and its weights need
 not stay in memory. The cache key covers weights and configuration of the model, the token ids and masks of the records
-(which contain tokenizer, rendering and truncation), precision, layout, device and torch version.
+(which contain tokenizer, rendering and truncation), precision, layout, shortcuts, device and torch version: all that
+its bits depend on.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from tunelab.cache import cache_folder
 from tunelab.data import Dataset, pack_batches
-from tunelab.models.builtin import cache_folder
+from tunelab.models.adapters import adapter_disabled
 from tunelab.models.engine import sequence_logprobs
 from tunelab.models.loaded import LoadedModel
 from tunelab.models.saving import weights_fingerprint
@@ -39,12 +41,14 @@ def reference_logprobs(
 ) -> list[np.ndarray]:
     """Summed log-probabilities of (chosen, rejected) under `loaded`, for each (data set, record indices) wanted.
 
+    An adapter is switched off: what lies below it is the reference, and neither the values nor the cache depend on it.
     Returns one (P, 2) float32 array a data set, NaN in the rows of records that were not asked for: a NaN that is used
     after all stops the run at its guard. Read from `$TUNELAB_CACHE/reference` where present. Raises StopRequested if a
     stop was asked for midway.
     """
     weights = weights_fingerprint(loaded.model) + loaded.model.config.to_json_string()
-    return [_one(loaded, weights, dataset, indices, progress, stop) for dataset, indices in wanted]
+    with adapter_disabled(loaded):
+        return [_one(loaded, weights, dataset, indices, progress, stop) for dataset, indices in wanted]
 
 
 def _one(
@@ -57,6 +61,7 @@ def _one(
         str(ids),
         loaded.precision.name,
         loaded.layout,
+        str(loaded.shortcuts),
         device_name(loaded.device),
         torch.__version__,
     )

@@ -16,7 +16,8 @@ class Counters:
     """Where the run stands, in numbers that JSON holds exactly.
 
     `step` optimizer steps are done. `samples`, `tokens` (packed, prompts once) and `loss_tokens` were trained on;
-    `flops` by the engine's formula, `flops_6nd` by 6·N·tokens. `seconds` by phase, over all sessions of the run.
+    `flops` by the model's formula, `floor_flops` by what a step cannot do without, `flops_6nd` by 6·N·tokens.
+    `seconds` by phase, over all sessions of the run.
     """
 
     step: int = 0
@@ -24,6 +25,7 @@ class Counters:
     tokens: int = 0
     loss_tokens: int = 0
     flops: float = 0.0
+    floor_flops: float = 0.0
     flops_6nd: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0

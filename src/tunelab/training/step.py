@@ -50,7 +50,7 @@ def train_step(
     weight = torch.stack([objective.weight(m.batch) for m in moved]).sum()
     totals: dict[str, Tensor] = {}
     for micro in moved:
-        logprobs = compute_logprobs(loaded, micro.batch)
+        logprobs = compute_logprobs(loaded, micro.batch, summed=objective.sums_logprobs)
         loss_sum, sums = objective.loss_sum(logprobs, micro.batch, micro.reference)
         loss = loss_sum / weight
         (scaler.scale(loss) if scaler is not None else loss).backward()
@@ -59,15 +59,17 @@ def train_step(
 
     if scaler is not None:
         scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    limit = max_grad_norm if max_grad_norm is not None else float("inf")
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
 
     # One reading of the device for everything a person sees, and for the guard.
     names = [*totals, "grad_norm"]
     values = torch.stack([*(total / weight for total in totals.values()), grad_norm]).tolist()
     metrics = dict(zip(names, values, strict=True)) | {"learning_rate": learning_rate}
     _guard(state, metrics)
+    # As the norm is known here, gradients within the limit are not read and written again to be scaled by one.
+    if max_grad_norm is not None and metrics["grad_norm"] > max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
 
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

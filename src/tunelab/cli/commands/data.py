@@ -30,8 +30,9 @@ def inspect(
     and sample records as tokens, those with loss coloured. Reads no weights.
     """
     from tunelab.config import SFTConfig, load_recipe
-    from tunelab.data import inspection, load_records, prepare
+    from tunelab.data import Settings, inspection, load_dataset
     from tunelab.models.loading import load_tokenizer
+    from tunelab.progress import choose_progress
 
     if recipe is None:
         raise ConfigError("give a recipe: tunelab inspect RECIPE.yaml")
@@ -41,22 +42,23 @@ def inspect(
     if source is None:
         raise ConfigError(f"{recipe}: names no eval data; set data.eval")
     tokenizer = load_tokenizer(loaded.model)
-    records = load_records(
-        source,
-        split=config.eval_split if eval else config.train_split,
-        subset=config.subset,
-        on_error=config.on_error,
-        limit=config.limit_eval if eval else config.limit_train,
-    )
-    dataset = prepare(
-        records,
-        tokenizer,
+    settings = Settings(
         method=method.name,
         render=config.render,
         loss_on=method.loss_on if isinstance(method, SFTConfig) else "completions",
         max_length=config.max_length,
+        on_error=config.on_error,
     )
-    found = inspection(records, dataset, tokenizer, samples=samples, seed=seed)
+    dataset = load_dataset(
+        source,
+        tokenizer,
+        settings,
+        split=config.eval_split if eval else config.train_split,
+        subset=config.subset,
+        limit=config.limit_eval if eval else config.limit_train,
+        progress=choose_progress(quiet=json),
+    )
+    found = inspection(dataset, tokenizer, samples=samples, seed=seed)
     if json:
         print_json(found)
         return

@@ -155,6 +155,9 @@ def export(
             show_default=False,
         ),
     ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a run with an adapter: a plain model, the adapter in its weights.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
     runs_dir: RunsDir = "runs",
     json: Json = False,
@@ -163,20 +166,24 @@ def export(
     Example: tunelab export runs/smollm2-dpo-cpu my-model
 
     Copy a run's model, tokenizer and chat template into a folder that transformers, and whatever reads Hugging Face
-    folders, opens as it stands. The checkpoint is verified first.
+    folders, opens as it stands. The checkpoint is verified first. A run with an adapter gives the adapter, which peft
+    opens on its base model, or with --merge a plain model.
     """
     from tunelab.export import export_model
+    from tunelab.manifest import ADAPTER_CONFIG
     from tunelab.runs import RunFolder
 
-    done = export_model(RunFolder.open(run, runs_dir), folder, checkpoint, force)
+    done = export_model(RunFolder.open(run, runs_dir), folder, checkpoint, force, merge)
     if json:
         files = {"files": list(done.files), "bytes": done.num_bytes}
         print_json({"run": run, "checkpoint": done.checkpoint, "folder": str(done.folder), **files})
         return
+    adapter = ADAPTER_CONFIG in done.files
+    opener, arguments = ("PeftModel", "base_model, ") if adapter else ("AutoModelForCausalLM", "")
     print_pairs(
         {
             "model": f"{run}, {done.checkpoint}",
             "folder": f"{done.folder} ({len(done.files)} files, {format_bytes(done.num_bytes)})",
-            "opens with": f'AutoModelForCausalLM.from_pretrained("{done.folder}")',
+            "opens with": f'{opener}.from_pretrained({arguments}"{done.folder}")',
         }
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tunelab.cli.options import Json, Run, RunsDir
-from tunelab.cli.output import format_interval, print_json, print_line, print_pairs, print_table
+from tunelab.cli.output import format_interval, format_speed, print_json, print_line, print_pairs, print_table
 from tunelab.errors import ConfigError
 from tunelab.progress import format_bytes, format_seconds
 
@@ -30,7 +30,16 @@ MAIN_METRICS = (
 )
 """Metrics shown to people, in this order, where a run has them; `--json` gives all."""
 
-COSTS = ("steps", "tokens", "flops", "seconds.total", "tokens_per_second", "peak_memory_bytes")
+COSTS = (
+    "steps",
+    "tokens",
+    "flops",
+    "floor_flops",
+    "seconds.total",
+    "tokens_per_second",
+    "utilisation",
+    "peak_memory_bytes",
+)
 
 
 def list_(
@@ -107,6 +116,7 @@ def show(run: Run, runs_dir: RunsDir = "runs", json: Json = False) -> None:
             "best": f"step {best['step']}, eval/loss {_number(best['eval/loss'])}" if best else "",
             "result": ", ".join(f"{name} {_number(value)}" for name, value in _main_metrics(row["metrics"]).items()),
             "cost": _cost(row),
+            "speed": format_speed(record.get("cost") or {}),
             "report": str(folder.path / "report.html") if (folder.path / "report.html").exists() else "",
             "continue": "" if row["status"] == "completed" else f"tunelab {row['method']} --resume {row['path']}",
         }
@@ -182,6 +192,8 @@ def _number(value: float | None) -> str:
 def _cost_cell(name: str, value: float) -> str:
     if name.startswith("seconds"):
         return format_seconds(value)
+    if name == "utilisation":
+        return f"{value:.1%}"
     return format_bytes(value) if name.endswith("bytes") else _number(value)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from tunelab.cli.commands.runs import MAIN_METRICS
 from tunelab.cli.options import Json, Overrides, Quiet, Recipe, RunsDir, words
-from tunelab.cli.output import print_json, print_line, print_pairs, print_table
+from tunelab.cli.output import format_speed, print_json, print_line, print_pairs, print_table
 from tunelab.errors import ConfigError
 from tunelab.progress import choose_progress, format_bytes, format_seconds
 
@@ -158,17 +158,24 @@ def _print_forecast(forecast: Mapping[str, Any]) -> None:
     print_pairs(
         {
             "method": forecast["method"],
-            "model": f"{model['name']}, {model['parameters']:,} parameters",
+            "model": f"{model['name']}, {model['parameters']:,} parameters{_part(model)}",
             "on": f"{forecast['device']}, {forecast['precision']}",
             "data": f"{summary['used']:,} of {summary['records']:,} records of {summary['source']}",
             "steps": f"{forecast['steps']:,}",
             "sees": f"{forecast['records']:,} records, {forecast['tokens']:,} tokens "
             f"({forecast['loss_tokens']:,} with loss)",
-            "compute": f"{forecast['flops']:.3g} FLOPs",
+            "compute": f"{forecast['flops']:.3g} FLOPs by formula, {forecast['floor_flops']:.3g} of them unavoidable",
+            "memory": f"at least {format_bytes(forecast['memory_floor_bytes'])} beside the libraries",
             "disk": f"up to {format_bytes(forecast['disk_bytes'])} of checkpoints",
         }
     )
     print_line("Nothing was trained (--dry-run).")
+
+
+def _part(model: Mapping[str, Any]) -> str:
+    """A clause on how many of the parameters are trained, where that is not all."""
+    trained: int = model["trainable_parameters"]
+    return "" if trained == model["parameters"] else f", {trained:,} of them trained"
 
 
 def _print_result(run: RunFolder, report: str) -> None:
@@ -182,6 +189,7 @@ def _print_result(run: RunFolder, report: str) -> None:
             "best": f"step {best['step']}, eval/loss {best['eval/loss']:.4f}" if best else "",
             "cost": f"{cost['steps']:,} steps, {cost['tokens']:,} tokens, {cost['flops']:.3g} FLOPs, "
             f"{format_seconds(cost['seconds']['total'])}, {format_bytes(cost['peak_memory_bytes'])} of memory",
+            "speed": format_speed(cost),
             "report": report,
             "next": f"tunelab chat {run.path}",
         }

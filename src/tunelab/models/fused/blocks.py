@@ -1,0 +1,180 @@
+"""The two halves of a block as autograd functions, each keeping the least that its backward pass cannot recompute.
+
+    BlockInput:   x → queries | keys | values, from norm, projections and rotary positions; keeps x alone
+    (attention, `models/attention.py`)
+    BlockOutput:  attention output, x → x + o(·), then + down(activation(up(norm(·)))); keeps the attention output, the
+                  residual between and the pre-activation
+
+Norms and activations are recomputed in the backward pass: an elementwise pass is cheaper than the memory to avoid it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunelab.models.fused.architecture import Block, Projection
+from tunelab.models.fused.elementwise import activate, activate_backward, normalise, normalise_backward, rotate_
+from tunelab.models.fused.linear import (
+    Gradients,
+    adapter_gradient,
+    add_projection,
+    input_gradient,
+    parameter_gradients,
+    project,
+)
+
+Rotary = tuple[Tensor, Tensor] | None
+"""cos and sin, each (T, 1, head_size/2)."""
+
+
+class _BlockInput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Block, rotary: Rotary, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+        hidden = normalise(x, block.input_norm).to(dtype)
+        widths = [projection.num_outputs for projection in block.inputs]
+        out = hidden.new_empty(hidden.shape[0], sum(widths))
+        reduced = [project(hidden, p, part) for p, part in zip(block.inputs, out.split(widths, dim=1), strict=True)]
+        _rotate_queries_and_keys(out, block, rotary, inverse=False)
+        ctx.block, ctx.rotary, ctx.dtype = block, rotary, dtype
+        ctx.save_for_backward(x, *reduced)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, *reduced = ctx.saved_tensors
+        block: Block = ctx.block
+        # The attention function makes this gradient for us alone, so it may be turned back in place.
+        grad = grads[0]
+        _rotate_queries_and_keys(grad, block, ctx.rotary, inverse=True)
+        wants_x, wanted = ctx.needs_input_grad[0], list(ctx.needs_input_grad[4:])
+        norm_wanted, rest = wanted[:2], wanted[2:]
+        hidden = normalise(x, block.input_norm).to(ctx.dtype) if any(rest) else None
+        below = wants_x or any(norm_wanted)
+        widths = [projection.num_outputs for projection in block.inputs]
+        found: Gradients = []
+        grad_hidden = None
+        for i, (projection, part) in enumerate(zip(block.inputs, grad.split(widths, dim=1), strict=True)):
+            reduced_grad = adapter_gradient(part, projection)
+            flags = rest[4 * i : 4 * i + 4]
+            found += parameter_gradients(part, hidden, projection, reduced[i], reduced_grad, flags)
+            if below:
+                grad_hidden = input_gradient(part, projection, reduced_grad, onto=grad_hidden)
+        norm_grads: Gradients = [None, None]
+        grad_x = None
+        if grad_hidden is not None:
+            grad_x, *norm_grads = normalise_backward(grad_hidden, x, block.input_norm, (wants_x, *norm_wanted))
+        return grad_x, None, None, None, *norm_grads, *found
+
+
+def _rotate_queries_and_keys(packed: Tensor, block: Block, rotary: Rotary, inverse: bool) -> None:
+    if rotary is None:
+        return
+    cos, sin = rotary
+    heads = block.num_heads + block.num_kv_heads
+    part = packed[:, : heads * block.head_size].unflatten(1, (heads, block.head_size))
+    rotate_(part, cos, -sin if inverse else sin)
+
+
+class _BlockOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, attended: Tensor, x: Tensor, block: Block, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+        middle, reduced_output = add_projection(attended, block.output, x)
+        hidden = normalise(middle, block.mlp_norm).to(dtype)
+        widths = [projection.num_outputs for projection in block.up]
+        pre = hidden.new_empty(hidden.shape[0], sum(widths))
+        reduced_up = [project(hidden, p, part) for p, part in zip(block.up, pre.split(widths, dim=1), strict=True)]
+        result, reduced_down = add_projection(activate(pre, block.activation), block.down, middle)
+        ctx.block, ctx.dtype = block, dtype
+        ctx.save_for_backward(attended, middle, pre, reduced_output, reduced_down, *reduced_up)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        attended, middle, pre, reduced_output, reduced_down, *reduced_up = ctx.saved_tensors
+        block: Block = ctx.block
+        grad = grads[0]
+        wants_attended, wants_x = ctx.needs_input_grad[:2]
+        wanted = list(ctx.needs_input_grad[4:])
+        for_output, for_norm, for_up, for_down = _shares(wanted, len(block.up))
+
+        active = activate(pre, block.activation) if any(for_down) else None
+        narrow = grad.to(ctx.dtype)
+        down_found, grad_active = _through(narrow, active, block.down, reduced_down, for_down)
+        del active
+        grad_pre = activate_backward(grad_active, pre, block.activation)
+        del grad_active, pre
+
+        hidden = normalise(middle, block.mlp_norm).to(ctx.dtype) if any(for_up) else None
+        up_found: Gradients = []
+        grad_hidden: Tensor | None = None
+        widths = [projection.num_outputs for projection in block.up]
+        for i, (projection, part) in enumerate(zip(block.up, grad_pre.split(widths, dim=1), strict=True)):
+            reduced_grad = adapter_gradient(part, projection)
+            flags = for_up[4 * i : 4 * i + 4]
+            up_found += parameter_gradients(part, hidden, projection, reduced_up[i], reduced_grad, flags)
+            grad_hidden = input_gradient(part, projection, reduced_grad, onto=grad_hidden)
+        assert grad_hidden is not None
+        del hidden, grad_pre
+
+        through, *norm_found = normalise_backward(grad_hidden, middle, block.mlp_norm, (True, *for_norm))
+        assert through is not None
+        grad_middle = through.add_(grad)
+        narrow = grad_middle.to(ctx.dtype)
+        output_found, grad_attended = _through(
+            narrow, attended, block.output, reduced_output, for_output, wants_attended
+        )
+        return (
+            grad_attended,
+            grad_middle if wants_x else None,
+            None,
+            None,
+            *output_found,
+            *norm_found,
+            *up_found,
+            *down_found,
+        )
+
+
+def _through(
+    grad: Tensor,
+    x: Tensor | None,
+    projection: Projection,
+    reduced: Tensor | None,
+    wanted: list[bool],
+    wants_x: bool = True,
+) -> tuple[Gradients, Tensor | None]:
+    """Gradients of a projection's tensors, and of its input."""
+    reduced_grad = adapter_gradient(grad, projection)
+    found = parameter_gradients(grad, x, projection, reduced, reduced_grad, wanted)
+    return found, input_gradient(grad, projection, reduced_grad) if wants_x else None
+
+
+def _shares(wanted: list[bool], num_up: int) -> tuple[list[bool], tuple[bool, bool], list[bool], list[bool]]:
+    """Flags of output, norm, up, down: in the order `block_output` passes their tensors."""
+    start = 6 + 4 * num_up
+    return wanted[:4], (wanted[4], wanted[5]), wanted[6:start], wanted[start:]
+
+
+def block_input(x: Tensor, block: Block, rotary: Rotary, dtype: torch.dtype) -> Tensor:
+    """Queries | keys | values side by side, rotated where positions are rotary: (T, D) → (T, (H + 2·H_kv)·K).
+
+    `dtype`: of the matrix products, as autocast would choose it.
+    """
+    tensors = [*block.input_norm.tensors(), *(t for projection in block.inputs for t in projection.tensors())]
+    found: Tensor = _BlockInput.apply(x, block, rotary, dtype, *tensors)
+    return found
+
+
+def block_output(attended: Tensor, x: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+    """The block's result from its attention's output (T, H·K) and its input x (T, D): (T, D)."""
+    tensors = [
+        *block.output.tensors(),
+        *block.mlp_norm.tensors(),
+        *(t for projection in block.up for t in projection.tensors()),
+        *block.down.tensors(),
+    ]
+    found: Tensor = _BlockOutput.apply(attended, x, block, dtype, *tensors)
+    return found
