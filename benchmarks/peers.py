@@ -40,7 +40,7 @@ UNCHECKPOINTED = {"gradient_checkpointing": False}
 """On a card TRL checkpoints activations by default; where there is memory, the best flags do not."""
 
 
-WANTED = ("defaults", "best", "small-batches")
+WANTED = ("defaults", "best", "small-batches", "grouped", "padding-free")
 
 
 def peer_arms(work: Work, wanted: str, device: str, mix: Mix | None = None) -> list[PeerArm]:
@@ -49,8 +49,9 @@ def peer_arms(work: Work, wanted: str, device: str, mix: Mix | None = None) -> l
         return [DEFAULTS]
     if work == "generate":
         return [STATIC] if wanted == "best" else []
-    if wanted == "small-batches":
-        arms = [SMALL_BATCHES]
+    named = {arm.name: arm for arm in (SMALL_BATCHES, GROUPED, PADDING_FREE)}
+    if wanted in named:
+        arms = [named[wanted]]
     elif work == "dpo":
         arms = [PRECOMPUTED]
     else:

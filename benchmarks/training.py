@@ -52,7 +52,7 @@ def measure_training(work: Work, model: ModelName, mix: Mix, runner: Runner, set
         "repeats": settings.repeats,
         "precision": settings.precision,
         "comparisons": comparisons,
-        "best": strongest(comparisons) if "best" in settings.arms else None,
+        "best": strongest(comparisons) if len(comparisons) > 1 else None,
     }
 
 

@@ -37,7 +37,7 @@ from tunelab.models.loaded import LoadedModel
 from tunelab.models.loading import load_model
 from tunelab.objectives import build_objective
 from tunelab.optim import build_optimizer
-from tunelab.parallel import deterministic
+from tunelab.parallel import deterministic, keep_freed_memory
 from tunelab.session import MICRO_BATCH_TOKENS
 from tunelab.training.state import TrainState
 from tunelab.training.step import MicroBatch, train_step
@@ -45,7 +45,8 @@ from tunelab.types import Completion, Example, Origin
 
 
 def measure(job: Job) -> dict[str, Any]:
-    with deterministic():  # as every run of tunelab
+    keep_freed_memory()
+    with deterministic():  # both as every run of tunelab
         return _generate(job) if job.work == "generate" else _train(job)
 
 

@@ -66,6 +66,7 @@ def open_session(name: str, runs_dir: str, *, system: str | None, device: str, *
     """
     from tunelab.config import parse_recipe
     from tunelab.data import stop_strings
+    from tunelab.models.engine import choose_layout
     from tunelab.models.generation import GenerationSettings
     from tunelab.models.loading import load_model
     from tunelab.runs import RunFolder
@@ -84,6 +85,7 @@ def open_session(name: str, runs_dir: str, *, system: str | None, device: str, *
     if system is not None and render == "text":
         raise ConfigError(f"{name}: was trained on running text, which has no system message; leave --system out")
     loaded = load_model(config)
+    choose_layout(loaded, config.layout, longest=0, kernels=config.kernels)
     render = _resolve(render, loaded)
     return ChatSession(loaded, render, GenerationSettings(stop=stop_strings(render), **sampling), system)
 

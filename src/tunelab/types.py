@@ -194,7 +194,6 @@ class Batch:
         }
         batch = Batch(**moved, segments=self.segments, num_sequences=self.num_sequences, record_ids=self.record_ids)
         tail = self.tail
-        batch.__dict__["tail"] = Tail(
-            tail.ranges, tail.kept.to(device, non_blocking=True), tail.index.to(device, non_blocking=True)
-        )
+        kept, index = (getattr(tail, name).to(device, non_blocking=True) for name in ("kept", "index"))
+        batch.__dict__["tail"] = Tail(tail.ranges, kept, index)  # the cached property, without asking the device
         return batch

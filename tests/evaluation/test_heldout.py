@@ -14,6 +14,7 @@ from tests.training.conftest import build_tiny
 from tunelab.config import DPOConfig, SFTConfig
 from tunelab.data import Dataset
 from tunelab.evaluation.heldout import evaluate_objective, score_records
+from tunelab.models.engine import choose_layout
 from tunelab.models.loaded import LoadedModel
 from tunelab.objectives import build_objective
 from tunelab.types import Completion, Example, Origin
@@ -95,6 +96,7 @@ def add_dropout(loaded: LoadedModel) -> None:
     for module in loaded.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
+    choose_layout(loaded, "packed", 128)
 
 
 @pytest.mark.parametrize("dataset", [supervised(), pairs()], ids=["supervised", "pairs"])

@@ -25,8 +25,8 @@ from tunelab.models.sampling import draw, filter_logits, penalize_repetition, ro
 PROMPTS = [[5], [17, 400, 3, 9, 9, 250, 31], [700, 12, 45], [1023, 2, 88, 41, 7]]
 
 
-def small_mistral() -> MistralForCausalLM:
-    """A sliding window of 8 tokens, shorter than prompt and answer together."""
+def small_mistral(window: int = 8) -> MistralForCausalLM:
+    """A sliding window of few tokens, shorter than prompt and answer together."""
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=VOCABULARY,
@@ -36,7 +36,7 @@ def small_mistral() -> MistralForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        sliding_window=8,
+        sliding_window=window,
         initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=0,

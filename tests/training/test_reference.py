@@ -13,6 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from tests.training.conftest import build_tiny
 from tunelab.data import Dataset
+from tunelab.models.engine import choose_layout
 from tunelab.models.loaded import LoadedModel
 from tunelab.progress import SilentProgress
 from tunelab.training import reference
@@ -177,5 +178,6 @@ def test_dropout_does_not_touch_the_reference(tiny: LoadedModel) -> None:
     for module in tiny.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
+    choose_layout(tiny, "packed", 128)
     tiny.model.train()
     np.testing.assert_allclose(compute(tiny), expected, rtol=1e-5, atol=1e-4)

@@ -51,9 +51,9 @@ def packed_attention(
         # A sliding window no shorter than the longest sequence never hides anything.
         if setting is not None and not (name == "sliding_window" and isinstance(setting, int) and setting >= longest):
             raise ValueError(f"packed attention does not implement {name} {setting}")
-    rows = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended = segment_attention(*rows, plan_parts(tuple(segments)), scale, dropout)
+    attended = segment_attention(queries, keys, values, plan_parts(tuple(segments)), scale, dropout)
     return attended.unflatten(1, (query.shape[1], -1))[None], None
 
 

@@ -117,8 +117,10 @@ class _Head:
         self.buffer: Tensor | None = None
 
     def chunks(self) -> list[slice]:
+        """Of like size: a few rows left over would use the whole weight for little."""
         num = self.hidden.shape[0]
-        return [slice(start, min(start + self.chunk_size, num)) for start in range(0, num, self.chunk_size)]
+        count = -(-num // self.chunk_size)
+        return [slice(num * i // count, num * (i + 1) // count) for i in range(count)]
 
     def probabilities(self, rows: slice, targets: Tensor) -> tuple[Tensor, Tensor]:
         """(s,) log-probabilities of the rows' targets and (s, V) float32 probabilities, valid until the next call."""
@@ -136,7 +138,7 @@ class _Head:
             logits = (part @ self.weight.T).float()
         else:
             if self.buffer is None:
-                self.buffer = part.new_empty(part.shape[0], self.weight.shape[0])
+                self.buffer = part.new_empty(part.shape[0] + 1, self.weight.shape[0])  # chunks differ by one row
             logits = self.buffer[: part.shape[0]]
             vocabulary = self.weight.shape[0]
             block = CPU_VOCABULARY_BLOCK if part.device.type == "cpu" else vocabulary
@@ -212,8 +214,8 @@ def token_logprobs(
     Returns (S,) float32, differentiable in hidden, weight and bias; at most chunk_size × V logits exist at a time.
 
     summed: the promise that the loss is c·Σ log p, so that every log-probability gets the same gradient c; the weight's
-    gradient would be wrong for any other loss. eager: make gradients in the forward pass where that can be done. tied: takes the gradient of `weight`,
-    which then is not autograd's to pass on.
+    gradient would be wrong for any other loss. eager: make gradients in the forward pass where that can be done.
+    tied: takes the gradient of `weight`, which then is not autograd's to pass on.
     """
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     function = _EagerTokenLogprobs if eager and (summed or frozen) and torch.is_grad_enabled() else _TokenLogprobs

@@ -280,6 +280,7 @@ def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, parts: tuple[Pa
     knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters  # since torch 2.12
     if grouped and not knows_groups:
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    options: dict[str, Any] = {"enable_gqa": grouped} if knows_groups else {}
     # window (-1, 0): causal, aligned bottom-right where queries are fewer than keys (flash-attention ≥ 2.1).
     attended = varlen_attn(
         query,
@@ -291,7 +292,7 @@ def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, parts: tuple[Pa
         plan.longest_key,
         scale=scaling,
         window_size=(-1, 0),
-        **({"enable_gqa": grouped} if knows_groups else {}),
+        **options,
     )
     assert isinstance(attended, Tensor)
     return attended.flatten(1)

@@ -104,6 +104,7 @@ class _BlockOutput(torch.autograd.Function):
         narrow = grad.to(ctx.dtype)
         down_found, grad_active = _through(narrow, active, block.down, reduced_down, for_down)
         del active
+        assert grad_active is not None
         grad_pre = activate_backward(grad_active, pre, block.activation)
         del grad_active, pre
 

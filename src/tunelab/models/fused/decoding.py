@@ -258,7 +258,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: 
 
 
 def _rotary_table(decoder: Decoder, num_positions: int) -> Rotary:
-    """cos | cos and −sin | sin of every position, (N, 1, 2, K/2): Su et al. 2021, eq. 34, in Llama's half-split order."""
+    """cos | cos and −sin | sin of every position, (N, 1, 2, K/2): Su et al. 2021, eq. 34, a head's halves paired."""
     if decoder.rotary is None:
         return None
     positions = torch.arange(num_positions, device=decoder.tokens.device)
