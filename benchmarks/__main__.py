@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import torch
 
+from benchmarks.gains import count_gain_processes, measure_gains
 from benchmarks.generation import count_generation_processes, measure_generation
 from benchmarks.jobs import Work
 from benchmarks.peers import WANTED
@@ -34,7 +35,7 @@ TABLE: tuple[tuple[str, ModelName | None, Mix | None], ...] = (
 )
 """What `all` measures: the published table first."""
 
-WORKS = ("sft", "lora", "dpo", "generate", "startup")
+WORKS = ("sft", "lora", "dpo", "generate", "startup", "gains")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runner = Runner(
         work=options.work_folder,
         session=session_folder(options.work_folder),
-        total=sum(_count(work, mix, settings) for work, _, mix in items),
+        total=sum(_count(work, mix, settings, options.of) for work, _, mix in items),
         reuse_peer=options.reuse_peer,
     )
     for work, model, mix in items:
         try:
-            result = _measure(work, model, mix, runner, settings)
+            result = _measure(work, model, mix, runner, settings, options.of)
         except (ArmFailed, ValueError) as error:
             print(f"benchmarks {work}: {error}", file=sys.stderr)
             return 1
@@ -72,6 +73,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "work", choices=[*WORKS, "all", "tables"], help="tables: write the tables anew, measure nothing"
     )
+    parser.add_argument("--of", choices=get_args(Work)[:3], default="sft", help="gains: of what; default: %(default)s")
     parser.add_argument("--model", choices=get_args(ModelName), help="default: gpt2; for generate: smollm2")
     parser.add_argument("--mix", choices=get_args(Mix), default="short")
     parser.add_argument("--arms", default="defaults,best", help="of the peer, comma-separated")
@@ -126,7 +128,9 @@ def _items(options: argparse.Namespace) -> list[tuple[str, ModelName | None, Mix
     return [(options.work, options.model or "gpt2", options.mix)]
 
 
-def _count(work: str, mix: Mix | None, settings: Settings) -> int:
+def _count(work: str, mix: Mix | None, settings: Settings, of: Work) -> int:
+    if work == "gains":
+        return count_gain_processes(of, settings)
     if work == "startup":
         return 0
     if work == "generate":
@@ -134,13 +138,17 @@ def _count(work: str, mix: Mix | None, settings: Settings) -> int:
     return count_processes(_training_work(work), settings, mix)
 
 
-def _measure(work: str, model: ModelName | None, mix: Mix | None, runner: Runner, settings: Settings) -> dict[str, Any]:
+def _measure(
+    work: str, model: ModelName | None, mix: Mix | None, runner: Runner, settings: Settings, of: Work
+) -> dict[str, Any]:
     if work == "startup":
         return measure_startup(settings)
     assert model is not None
     if work == "generate":
         return measure_generation(model, runner, settings)
     assert mix is not None
+    if work == "gains":
+        return measure_gains(of, model, mix, runner, settings)
     return measure_training(_training_work(work), model, mix, runner, settings)
 
 

@@ -19,7 +19,7 @@ MIXES = {"short": "short dialogue", "long": "long prompts", "equal": "no padding
 
 
 def result_name(result: Mapping[str, Any]) -> str:
-    parts = [result["work"], result.get("model"), result.get("mix"), result["provenance"]["device"]]
+    parts = [result.get("kind"), result["work"], result.get("model"), result.get("mix"), result["provenance"]["device"]]
     return "-".join(part for part in parts if part)
 
 
@@ -43,13 +43,19 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
             order[0].index(r["work"]),
             order[1].index(r.get("model")),
             order[2].index(r.get("mix")),
+            r.get("kind", ""),
         ),
     )
 
 
 def title(result: Mapping[str, Any]) -> str:
     """What was done, for a table's first column."""
-    parts = [WORKS[result["work"]], MODELS.get(result.get("model", ""), ""), MIXES.get(result.get("mix", ""), "")]
+    prefix = "what each gain brings: " if result.get("kind") == "gains" else ""
+    parts = [
+        prefix + WORKS[result["work"]],
+        MODELS.get(result.get("model", ""), ""),
+        MIXES.get(result.get("mix", ""), ""),
+    ]
     return ", ".join(part for part in parts if part)
 
 
@@ -98,6 +104,8 @@ def _section(result: Mapping[str, Any]) -> str:
     dirty = " with uncommitted changes" if origin["uncommitted_changes"] else ""
     heading = f"## {title(result)}\n\n`{origin['command']}` on {place}, {origin['date'][:10]}, commit "
     heading += f"`{origin['commit'][:10]}`{dirty}.\n\n"
+    if result.get("kind") == "gains":
+        return heading + gains_table(result)
     if result["work"] == "startup":
         return heading + startup_table(result)
     if result["work"] == "generate":
@@ -192,6 +200,23 @@ def generation_table(result: Mapping[str, Any]) -> str:
     return _table(["side", "new tokens/s", "peak MiB", "tunelab's speed", "same tokens"], rows)
 
 
+def gains_table(result: Mapping[str, Any]) -> str:
+    """What a step costs without each gain, against the whole engine in the same round."""
+    rows = [
+        [
+            row["gain"],
+            row["instead"],
+            _times(row["slower"]),
+            _times(row["memory"]),
+            f"{row['losses_differ_by']:.0e}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["switched off", "instead", "time of a step", "peak memory", "losses differ by"]
+    text = f"{result['batch_size']} examples a step, {result['steps']} steps, {result['repeats']} rounds; with all: "
+    return text + f"{_plain(result['step_seconds'], digits=2)} s a step.\n\n" + _table(header, rows)
+
+
 def startup_table(result: Mapping[str, Any]) -> str:
     """Seconds of each start."""
     rows = [[entry["says"], _plain(entry["seconds"], digits=2), f"≤ {entry['target']:g}"] for entry in result["starts"]]
@@ -205,7 +230,7 @@ def readme_block(results: list[dict[str, Any]]) -> str:
     """The short table: one line a piece of work."""
     rows = []
     for result in results:
-        if result["work"] == "startup":
+        if result["work"] == "startup" or result.get("kind") == "gains":
             continue
         entries = {entry["arm"]: entry for entry in result["comparisons"]}
         rows.append([title(result), *_short_cells(result, entries)])

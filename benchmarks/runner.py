@@ -50,13 +50,14 @@ class Runner:
 
     def interleave(self, ours: Job, theirs: Job, repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """A B A B … A: `repeats` of theirs, each between two of ours. Returns the results of ours and of theirs."""
-        first, second = [self._one(ours, 0)], []
+        first, second = [self.run(ours, 0)], []
         for repeat in range(repeats):
-            second.append(self._one(theirs, repeat))
-            first.append(self._one(ours, repeat + 1))
+            second.append(self.run(theirs, repeat))
+            first.append(self.run(ours, repeat + 1))
         return first, second
 
-    def _one(self, job: Job, repeat: int) -> dict[str, Any]:
+    def run(self, job: Job, repeat: int) -> dict[str, Any]:
+        """The answer of one repeat: kept from before, or measured now."""
         path = self.session / f"{job.key}-{repeat}.json"
         found = self._kept(path, job)
         if found is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-WARM_UP_STEPS = 2
+WARM_UP_STEPS = 1
 """Left out of the steady figures, kept in the seconds to N steps."""
 
 LOSS_TOLERANCE = {"float32": 1e-4, "bf16": 2e-2}

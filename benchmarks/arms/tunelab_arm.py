@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,11 +30,13 @@ from benchmarks.jobs import (
 from benchmarks.measure import synchronize
 from tunelab.config import AdamWConfig, DPOConfig, LoRAConfig, ModelConfig, SFTConfig
 from tunelab.data import pack, pack_batches, split_by_tokens
+from tunelab.models import logprobs, segments
 from tunelab.models.adapters import attach_adapter
 from tunelab.models.engine import choose_layout, sequence_logprobs
 from tunelab.models.generation import GenerationSettings, generate
 from tunelab.models.loaded import LoadedModel
 from tunelab.models.loading import load_model
+from tunelab.models.shortcuts import OWN_MODULES
 from tunelab.objectives import build_objective
 from tunelab.optim import build_optimizer
 from tunelab.parallel import deterministic, keep_freed_memory
@@ -45,7 +47,8 @@ from tunelab.types import Completion, Example, Origin
 
 
 def measure(job: Job) -> dict[str, Any]:
-    keep_freed_memory()
+    if job.options.get("without") != "freed memory kept":
+        keep_freed_memory()
     with deterministic():  # both as every run of tunelab
         return _generate(job) if job.work == "generate" else _train(job)
 
@@ -58,7 +61,9 @@ def _train(job: Job) -> dict[str, Any]:
         attach_adapter(loaded, LoRAConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear"), seed=0)
         seed_adapter(loaded.model.named_parameters())
     longest = max(len(e.prompt_ids) + len(c.ids) for e in examples for c in e.completions)
-    choose_layout(loaded, "auto", longest)
+    without = job.options.get("without")
+    choose_layout(loaded, "padded" if without == "packed rows" else "auto", longest)
+    _switch_off(loaded, without)
     method = DPOConfig(beta=DPO_BETA) if job.work == "dpo" else SFTConfig()
     objective = build_objective(method)
     config = AdamWConfig(learning_rate=LEARNING_RATES[job.work], betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
@@ -72,7 +77,8 @@ def _train(job: Job) -> dict[str, Any]:
     step_seconds: list[float] = []
     for step in range(job.steps):
         indices = np.arange(step * job.batch_size, (step + 1) * job.batch_size)
-        micro_batches = _micro_batches(examples, indices, reference, MICRO_BATCH_TOKENS[job.device])
+        budget = 1 if without == "micro-batches by tokens" else MICRO_BATCH_TOKENS[job.device]
+        micro_batches = _micro_batches(examples, indices, reference, budget, without != "shared prompts")
         metrics = train_step(
             state, objective, micro_batches, learning_rate=config.learning_rate, max_grad_norm=MAX_GRAD_NORM
         )
@@ -90,23 +96,45 @@ def _train(job: Job) -> dict[str, Any]:
     }
 
 
+def _switch_off(loaded: LoadedModel, without: str | None) -> None:
+    """For `benchmarks gains`: do without one of the engine's shortcuts."""
+    match without:
+        case "fused blocks":
+            loaded.shortcuts = OWN_MODULES
+        case "last block pruned":
+            loaded.shortcuts = replace(loaded.shortcuts, prune_last_block=False)
+        case "gradient in the forward pass":
+            loaded.shortcuts = replace(loaded.shortcuts, gradient_in_forward=False)
+        case "attention in blocks of queries":
+            segments.BLOCK_QUERIES = dict.fromkeys(segments.BLOCK_QUERIES, 2**30)
+        case "logits in blocks of the vocabulary":
+            logprobs.CPU_VOCABULARY_BLOCK = 2**30
+
+
 def _example(example: TokenExample, number: int) -> Example:
     completions = tuple(Completion(np.asarray(ids, np.int32), np.ones(len(ids), bool)) for ids in example.completions)
     return Example(np.asarray(example.prompt, np.int32), completions, Origin("benchmark", number))
 
 
 def _micro_batches(
-    examples: Sequence[Example], indices: np.ndarray, reference: np.ndarray | None, budget: int
+    examples: Sequence[Example], indices: np.ndarray, reference: np.ndarray | None, budget: int, shared: bool
 ) -> list[MicroBatch]:
-    """One optimizer step's examples in packed rows of at most `budget` tokens, as a run splits them."""
+    """One step's examples in packed rows of at most `budget` tokens, as a run splits them. shared: the answers
+    of a pair share its prompt, else each gets a copy.
+    """
     lengths = np.asarray([examples[i].num_tokens for i in indices])
     return [
         MicroBatch(
-            pack([examples[i] for i in part], part.tolist()),
+            pack([examples[i] for i in part] if shared else _apart(examples, part), part.tolist()),
             None if reference is None else torch.from_numpy(reference[part]),
         )
         for part in split_by_tokens(indices, lengths, budget)
     ]
+
+
+def _apart(examples: Sequence[Example], part: np.ndarray) -> list[Example]:
+    """Every completion as an example of its own."""
+    return [replace(examples[i], completions=(c,)) for i in part for c in examples[i].completions]
 
 
 def _reference(loaded: LoadedModel, examples: Sequence[Example], batch_size: int) -> np.ndarray:
