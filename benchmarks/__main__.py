@@ -16,7 +16,16 @@ from benchmarks.generation import count_generation_processes, measure_generation
 from benchmarks.jobs import Work
 from benchmarks.peers import WANTED
 from benchmarks.provenance import provenance
-from benchmarks.report import README, RESULTS, read_results, results_page, update_readme, write_result
+from benchmarks.report import (
+    ENGINE_PAGE,
+    README,
+    RESULTS,
+    read_results,
+    results_page,
+    update_engine_page,
+    update_readme,
+    write_result,
+)
 from benchmarks.runner import ArmFailed, Runner, session_folder
 from benchmarks.startup import measure_startup
 from benchmarks.training import Settings, count_processes, measure_training
@@ -160,6 +169,7 @@ def _write_tables(folder: Path) -> None:
     results = read_results(folder)
     (folder / "README.md").write_text(results_page(results))
     update_readme(README, results)
+    update_engine_page(ENGINE_PAGE, results)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from benchmarks.workloads import ROOT
 
 RESULTS = Path(__file__).with_name("results")
 README = ROOT / "README.md"
+ENGINE_PAGE = ROOT / "docs" / "engine.md"
+GAINS_START, GAINS_END = "<!-- gains:start -->", "<!-- gains:end -->"
 START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
 
 WORKS = {"sft": "SFT", "lora": "LoRA SFT, r = 8", "dpo": "DPO", "generate": "generation", "startup": "start"}
@@ -257,10 +259,21 @@ def _counted(entry: Mapping[str, Any], speed: str) -> str:
 
 
 def update_readme(readme: Path, results: list[dict[str, Any]]) -> None:
-    """Replace what stands between the markers. Raises ValueError where the file has not both of them."""
-    text = readme.read_text()
-    if START not in text or END not in text:
-        raise ValueError(f"{readme}: no {START} … {END} to write the table between")
-    before, rest = text.split(START, 1)
-    after = rest.split(END, 1)[1]
-    readme.write_text(f"{before}{START}\n{readme_block(results)}{END}{after}")
+    """Replace the README's table. Raises ValueError where the file has not both markers."""
+    _replace_between(readme, START, END, readme_block(results))
+
+
+def update_engine_page(page: Path, results: list[dict[str, Any]]) -> None:
+    """Replace the tables of what each gain brings. Raises ValueError where the file has not both markers."""
+    gains = [result for result in results if result.get("kind") == "gains"]
+    text = "\n".join(f"{title(result).capitalize()}. {gains_table(result)}" for result in gains)
+    _replace_between(page, GAINS_START, GAINS_END, text or "Not measured yet.\n")
+
+
+def _replace_between(path: Path, start: str, end: str, new: str) -> None:
+    text = path.read_text()
+    if start not in text or end not in text:
+        raise ValueError(f"{path}: no {start} … {end} to write the table between")
+    before, rest = text.split(start, 1)
+    after = rest.split(end, 1)[1]
+    path.write_text(f"{before}{start}\n{new}{end}{after}")

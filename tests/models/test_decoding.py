@@ -18,8 +18,8 @@ from tunelab.models.adapters import attach_adapter
 from tunelab.models.attention import plain_attention
 from tunelab.models.engine import choose_layout
 from tunelab.models.fused import decoding
-from tunelab.models.fused.decoding import Decoding
-from tunelab.models.fused.products import linear
+from tunelab.models.fused.architecture import LowRank, Projection
+from tunelab.models.fused.decoding import FEW_ROWS, Decoding
 from tunelab.models.generation import GenerationSettings, generate
 from tunelab.models.loaded import LoadedModel
 from tunelab.parallel import resolve_precision
@@ -287,20 +287,28 @@ def test_no_prompts_no_answers() -> None:
     assert generate(as_loaded(small_llama()), [], GenerationSettings()) == []
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8, 40])
+@pytest.mark.parametrize("rows", [1, 2, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("adapter", [False, True])
 @pytest.mark.parametrize("input_first", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_the_exact_ones(rows: int, bias: bool, input_first: bool, dtype: torch.dtype) -> None:
-    """Against float64; weights in either layout."""
+@pytest.mark.parametrize("by_column", [False, True])
+def test_products_are_the_exact_ones(rows: int, bias: bool, adapter: bool, input_first: bool, by_column: bool) -> None:
+    """Against float64, for weights and inputs in either layout."""
     generator = torch.Generator().manual_seed(0)
-    x, b = torch.randn(rows, 48, generator=generator, dtype=dtype), torch.randn(72, generator=generator, dtype=dtype)
-    shape = (48, 72) if input_first else (72, 48)
-    weight = torch.randn(shape, generator=generator, dtype=dtype)
-    weight = weight.T if input_first else weight
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, b = random(rows, 48), random(72) if bias else None
+    low = LowRank(random(4, 48), random(72, 4), 0.5) if adapter else None
+    weight = random(48, 72) if input_first else random(72, 48)
     with torch.inference_mode():
-        found = linear(x, weight, b if bias else None)
-    expected = x.double() @ weight.double().T + (b.double() if bias else 0)
-    assert found.dtype == dtype
-    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.01}
-    torch.testing.assert_close(found.double(), expected, **tolerance)
+        found = decoding._Product(Projection(weight, b, input_first, low), torch.float32)(
+            x.T.contiguous().T if by_column else x
+        )
+    expected = x.double() @ (weight if input_first else weight.T).double()
+    if b is not None:
+        expected += b
+    if low is not None:
+        expected += 0.5 * (x.double() @ low.down.double().T) @ low.up.double().T
+    torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=1e-5)

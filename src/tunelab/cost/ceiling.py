@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from tunelab.products import product
+
 CPU_SHAPES = ((1536, 1536, 1536), (2048, 768, 3072))
 """(m, k, n) of products of the kind training makes, large enough for a few cores' peak."""
 
@@ -21,8 +23,9 @@ def matmul_ceiling(
 ) -> float:
     """FLOP/s of the fastest of a few large products, each the best of its repeats after one to warm up.
 
-    In `dtype`, with the threads and the float32 mode (TF32 or not) that torch is set to. Takes about `seconds`, or two
-    products a shape where that is more. Draws from no global generator.
+    Through the library the engine itself uses (`products.py`). In `dtype`, with the threads and the float32 mode (TF32
+    or not) that torch is set to. Takes about `seconds`, or two products a shape where that is more. Draws from no
+    global generator.
     """
     shapes = CUDA_SHAPES if device.type == "cuda" else CPU_SHAPES
     best = max(_best_rate(device, dtype, shape, seconds / len(shapes), clock) for shape in shapes)
@@ -38,13 +41,12 @@ def _best_rate(
     generator = torch.Generator(device).manual_seed(0)
     left = torch.rand(m, k, generator=generator, device=device).to(dtype)
     right = torch.rand(k, n, generator=generator, device=device).to(dtype)
-    result = torch.empty(m, n, device=device, dtype=dtype)
     launches = CUDA_LAUNCHES if device.type == "cuda" else 1
 
     def timed() -> float:
         began = clock()
         for _ in range(launches):
-            torch.mm(left, right, out=result)
+            product(left, right)
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         return clock() - began

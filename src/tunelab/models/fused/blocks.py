@@ -23,7 +23,7 @@ from tunelab.models.fused.linear import (
     add_projection,
     input_gradient,
     parameter_gradients,
-    project,
+    side_by_side,
 )
 
 Rotary = tuple[Tensor, Tensor] | None
@@ -34,9 +34,7 @@ class _BlockInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, rotary: Rotary, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
         hidden = normalise(x, block.input_norm).to(dtype)
-        widths = [projection.num_outputs for projection in block.inputs]
-        out = hidden.new_empty(hidden.shape[0], sum(widths))
-        reduced = [project(hidden, p, part) for p, part in zip(block.inputs, out.split(widths, dim=1), strict=True)]
+        out, reduced = side_by_side(hidden, block.inputs)
         _rotate_queries_and_keys(out, block, rotary, inverse=False)
         ctx.block, ctx.rotary, ctx.dtype = block, rotary, dtype
         ctx.save_for_backward(x, *reduced)
@@ -83,9 +81,7 @@ class _BlockOutput(torch.autograd.Function):
     def forward(ctx: Any, attended: Tensor, x: Tensor, block: Block, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
         middle, reduced_output = add_projection(attended, block.output, x)
         hidden = normalise(middle, block.mlp_norm).to(dtype)
-        widths = [projection.num_outputs for projection in block.up]
-        pre = hidden.new_empty(hidden.shape[0], sum(widths))
-        reduced_up = [project(hidden, p, part) for p, part in zip(block.up, pre.split(widths, dim=1), strict=True)]
+        pre, reduced_up = side_by_side(hidden, block.up)
         result, reduced_down = add_projection(activate(pre, block.activation), block.down, middle)
         ctx.block, ctx.dtype = block, dtype
         ctx.save_for_backward(attended, middle, pre, reduced_output, reduced_down, *reduced_up)

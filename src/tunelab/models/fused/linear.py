@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tunelab.models.fused.architecture import Projection
+from tunelab.products import linear, product
 
 Gradients = list[Tensor | None]
 
@@ -21,45 +22,45 @@ def matrix(projection: Projection, dtype: torch.dtype) -> Tensor:
     return weight if projection.input_first else weight.T
 
 
-def project(x: Tensor, projection: Projection, out: Tensor) -> Tensor | None:
-    """Write x·W + b [+ s·(x·Aᵀ)·Bᵀ] to `out`, (T, out), which may be a slice of a wider tensor.
-
-    Returns x·Aᵀ, (T, r), for the backward pass; None without an adapter.
-    """
-    if projection.bias is None:
-        torch.mm(x, matrix(projection, x.dtype), out=out)
-    else:
-        torch.addmm(projection.bias.to(x.dtype), x, matrix(projection, x.dtype), out=out)
+def projected(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor | None]:
+    """x·W + b [+ s·(x·Aᵀ)·Bᵀ], (T, out), and x·Aᵀ, (T, r)."""
+    bias = None if projection.bias is None else projection.bias.to(x.dtype)
+    out = linear(x, matrix(projection, x.dtype).T, bias)
     low = projection.adapter
     if low is None:
-        return None
-    reduced = x @ low.down.to(x.dtype).T
-    out.addmm_(reduced, low.up.to(x.dtype).T, alpha=low.scaling)
-    return reduced
+        return out, None
+    reduced = linear(x, low.down.to(x.dtype))
+    return out.addmm_(reduced, low.up.to(x.dtype).T, alpha=low.scaling), reduced
+
+
+def side_by_side(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, list[Tensor | None]]:
+    """The outputs of several projections in one tensor, (T, sum of out), and each one's x·Aᵀ."""
+    if len(projections) == 1:
+        out, reduced = projected(x, projections[0])
+        return out, [reduced]
+    widths = [projection.num_outputs for projection in projections]
+    out = x.new_empty(x.shape[0], sum(widths))
+    kept = []
+    for projection, part in zip(projections, out.split(widths, dim=1), strict=True):
+        found, reduced = projected(x, projection)
+        part.copy_(found)
+        kept.append(reduced)
+    return out, kept
 
 
 def add_projection(x: Tensor, projection: Projection, residual: Tensor) -> tuple[Tensor, Tensor | None]:
     """residual + x·W + b [+ s·(x·Aᵀ)·Bᵀ] in the residual's precision, and x·Aᵀ."""
-    if x.dtype == residual.dtype:
-        out = torch.addmm(residual, x, matrix(projection, x.dtype))
-        if projection.bias is not None:
-            out.add_(projection.bias)
-        low = projection.adapter
-        if low is None:
-            return out, None
-        reduced = x @ low.down.to(x.dtype).T
-        return out.addmm_(reduced, low.up.to(x.dtype).T, alpha=low.scaling), reduced
-    out = torch.empty(x.shape[0], projection.num_outputs, dtype=x.dtype, device=x.device)
-    kept = project(x, projection, out)
-    return residual + out, kept
+    out, reduced = projected(x, projection)
+    return (out.add_(residual) if out.dtype == residual.dtype else out + residual), reduced
 
 
 def input_gradient(
     grad: Tensor, projection: Projection, reduced_grad: Tensor | None, onto: Tensor | None = None
 ) -> Tensor:
     """∂/∂x = g·Wᵀ [+ (s·g·B)·A], added to `onto` in place where given. `reduced_grad`: see `adapter_gradient`."""
-    transposed = matrix(projection, grad.dtype).T
-    out = grad @ transposed if onto is None else onto.addmm_(grad, transposed)
+    out = linear(grad, matrix(projection, grad.dtype))
+    if onto is not None:
+        out = onto.add_(out)
     if projection.adapter is not None and reduced_grad is not None:
         out.addmm_(reduced_grad, projection.adapter.down.to(grad.dtype))
     return out
@@ -68,7 +69,7 @@ def input_gradient(
 def adapter_gradient(grad: Tensor, projection: Projection) -> Tensor | None:
     """s·g·B, (T, r): the gradient of x·Aᵀ; None without an adapter."""
     low = projection.adapter
-    return None if low is None else (grad @ low.up.to(grad.dtype)).mul_(low.scaling)
+    return None if low is None else product(grad, low.up.to(grad.dtype)).mul_(low.scaling)
 
 
 def parameter_gradients(
@@ -86,8 +87,8 @@ def parameter_gradients(
     found: Gradients = [None, None, None, None]
     if weight:
         assert x is not None
-        product = x.T @ grad if projection.input_first else grad.T @ x
-        found[0] = product.to(projection.weight.dtype)
+        of_weight = product(x.T, grad) if projection.input_first else product(grad.T, x)
+        found[0] = of_weight.to(projection.weight.dtype)
     if bias and projection.bias is not None:
         found[1] = grad.sum(0).to(projection.bias.dtype)
     low = projection.adapter
@@ -95,8 +96,8 @@ def parameter_gradients(
         if down:
             assert x is not None
             assert reduced_grad is not None
-            found[2] = (reduced_grad.T @ x).to(low.down.dtype)
+            found[2] = product(reduced_grad.T, x).to(low.down.dtype)
         if up:
             assert reduced is not None
-            found[3] = (grad.T @ reduced).mul_(low.scaling).to(low.up.dtype)
+            found[3] = product(grad.T, reduced).mul_(low.scaling).to(low.up.dtype)
     return found
