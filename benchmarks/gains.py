@@ -17,6 +17,7 @@ GAINS: dict[str, str] = {
     "packed rows": "each sequence a padded row of its own, through the model's own forward and its full logits",
     "shared prompts": "each answer of a pair with its own copy of the prompt",
     "fused blocks": "the model's own modules on packed rows",
+    "products through oneDNN": "torch's own choice for float32, MKL",
     "last block pruned": "every position through the whole last block",
     "gradient in the forward pass": "the logits projected again in the backward pass",
     "attention in blocks of queries": "one product a sequence, with all keys above the diagonal",

@@ -101,6 +101,8 @@ def _switch_off(loaded: LoadedModel, without: str | None) -> None:
     match without:
         case "fused blocks":
             loaded.shortcuts = OWN_MODULES
+        case "products through oneDNN":
+            torch.backends.mkldnn.is_available = lambda: False
         case "last block pruned":
             loaded.shortcuts = replace(loaded.shortcuts, prune_last_block=False)
         case "gradient in the forward pass":
