@@ -151,6 +151,7 @@ def _generate(job: Job) -> dict[str, Any]:
     clock = Clock()
     precision: Literal["float32", "bf16-pure"] = "bf16-pure" if job.precision == "bf16" else "float32"
     loaded = load_model(ModelConfig(name=job.model, device=job.device, precision=precision))
+    choose_layout(loaded, "auto", longest=0)  # as chat and evaluation do: a trial of the fused blocks
     loaded.model.generation_config.eos_token_id = None
     loaded.tokenizer.eos_token = None
     settings = GenerationSettings(max_new_tokens=job.options["new_tokens"], batch_size=len(prompts))
