@@ -14,7 +14,7 @@ import torch
 from benchmarks.gains import count_gain_processes, measure_gains
 from benchmarks.generation import count_generation_processes, measure_generation
 from benchmarks.jobs import Work
-from benchmarks.peers import WANTED
+from benchmarks.peers import ONE_OF_THE_BEST, WANTED
 from benchmarks.provenance import provenance
 from benchmarks.report import (
     ENGINE_PAGE,
@@ -102,8 +102,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.steps, options.repeats = 4, 1
         if options.output == RESULTS:
             options.output = options.work_folder / "quick"
-    if not set(options.arms.split(",")) <= set(WANTED):
-        parser.error(f"--arms {options.arms}: give one or more of {', '.join(WANTED)}, with commas")
+    wanted = (*WANTED, *(ONE_OF_THE_BEST if options.work in ("sft", "lora") else ()))
+    if not set(options.arms.split(",")) <= set(wanted):
+        parser.error(f"--arms {options.arms}: give one or more of {', '.join(wanted)}, with commas")
     if options.steps < 1 or options.repeats < 1:
         parser.error("--steps and --repeats are at least 1")
     return options

@@ -40,7 +40,9 @@ UNCHECKPOINTED = {"gradient_checkpointing": False}
 """On a card TRL checkpoints activations by default; where there is memory, the best flags do not."""
 
 
-WANTED = ("defaults", "best", "small-batches", "grouped", "padding-free")
+WANTED = ("defaults", "best", "small-batches")
+ONE_OF_THE_BEST = ("grouped", "padding-free")
+"""Arms of SFT and LoRA that `best` would measure together."""
 
 
 def peer_arms(work: Work, wanted: str, device: str, mix: Mix | None = None) -> list[PeerArm]:

@@ -111,7 +111,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed instead of handing it back to the kernel, which gives it anew page by page.
 
     A training step frees and takes again the same gigabyte of activations and gradients; on a CPU the page faults of
-    that took up to a sixth of a step's time, and the peak is the same. Blocks of more than 32 MB (glibc's limit) are
+    that took 5 to 8% of a step's time, and the peak is the same. Blocks of more than 32 MB (glibc's limit) are
     still mapped one by one. Does nothing where the library is not glibc. See docs/engine.md for what else was tried.
     """
     library = ctypes.CDLL(None)

@@ -1,7 +1,7 @@
 """Norms, activations and rotary positions on plain tensors, forward and backward, with few passes over memory.
 
-On a CPU a pass over an activation costs about as much as 2% of the matrix product that made it, and a fresh tensor
-more than the pass: hence the in-place arithmetic.
+On a CPU these passes are bound by memory, and a fresh large tensor costs more than the pass that fills it: hence the
+in-place arithmetic.
 """
 
 from __future__ import annotations
