@@ -1,20 +1,16 @@
 """Recipes: what a run is, as frozen data."""
 
+from tunelab.config.adapters import AdapterConfig, LoRAConfig
 from tunelab.config.loading import load_recipe, parse_recipe
+from tunelab.config.optimizers import AdamConfig, AdamWConfig, OptimizerConfig, SGDConfig
+from tunelab.config.schedules import ScheduleConfig
 from tunelab.config.schema import (
-    AdamConfig,
-    AdamWConfig,
-    AdapterConfig,
     DataConfig,
     DPOConfig,
     EvaluationConfig,
-    LoRAConfig,
     ModelConfig,
-    OptimizerConfig,
     Recipe,
-    ScheduleConfig,
     SFTConfig,
-    SGDConfig,
     TrackingConfig,
     TrainingConfig,
 )

@@ -160,6 +160,9 @@ def _agree_with_command(plain: dict[str, Any], method: str, place: Place) -> Non
 
 def _fill_default_tags(plain: dict[str, Any]) -> None:
     """A section that is one of several kinds defaults to one of them; pydantic wants the kind said."""
+    adapter = plain.get("adapter")
+    if isinstance(adapter, dict):
+        adapter.setdefault("name", "lora")
     optimizer = plain.get("optimizer")
     if isinstance(optimizer, dict):
         optimizer.setdefault("name", "adamw")

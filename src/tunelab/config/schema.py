@@ -4,38 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=10**12, description="the upper end keeps sums within 64 bits")]
-
-
-SFT_LEARNING_RATE, DPO_LEARNING_RATE = 2e-5, 5e-6
-"""Defaults of adam and adamw by method, for training every weight."""
-
-
-ADAPTER_LEARNING_RATE_FACTOR = 10
-"""With an adapter, adam's and adamw's default learning rate is this many times the method's.
-
-Schulman et al. 2025, "LoRA Without Regret" (Thinking Machines Lab): the best rate of LoRA is about ten times that of
-full tuning, whatever the model, the rank (at alpha/r scaling) and the task. Hu et al. 2021, appendix D: 2e-4 for LoRA
-on GPT-2 and GPT-3, 5e-6 for full tuning of GPT-3.
-"""
-
+from tunelab.config.adapters import ADAPTER_KINDS, AdapterConfig
+from tunelab.config.optimizers import DPO_LEARNING_RATE, SFT_LEARNING_RATE, AdamWConfig, OptimizerConfig
+from tunelab.config.section import Count, NonNegative, Positive, Section
 
 SIMPO_BETA = 2.0
 """Default of `method.beta` for `loss: simpo`; 0.1 for every other loss."""
-
-
-class Section(BaseModel):
-    """Base of every recipe section: frozen, no unknown keys, no silent type coercion."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelConfig(Section):
@@ -50,6 +28,11 @@ class ModelConfig(Section):
         description="float32; bf16: autocast over float32 weights; bf16-pure: bf16 weights; "
         "fp16: autocast over float32 weights with a gradient scaler",
     )
+    load_in_4bit: bool = Field(False, description="QLoRA (Dettmers et al. 2023): a frozen base of 4 bits a weight")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = Field(None, description="load_in_4bit only; default nf4")
+    bnb_4bit_use_double_quant: bool | None = Field(
+        None, description="load_in_4bit only: the blocks' scales in 8 bits; default true"
+    )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     layout: Literal["auto", "packed", "padded"] = Field("auto", description="auto: packed where the model allows it")
     kernels: Literal["auto", "plain"] = Field(
@@ -57,6 +40,13 @@ class ModelConfig(Section):
         description="auto: our own block functions where they compute what the model does; plain: its own modules",
     )
     trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _knobs_of_quantisation(self) -> ModelConfig:
+        for key in ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+            if getattr(self, key) is not None and not self.load_in_4bit:
+                raise ValueError(f"{key} is read with load_in_4bit: true only")
+        return self
 
     def at(self, place: str) -> ModelConfig:
         """The same choices for a model at another place; revision and tokenizer belong to the old one."""
@@ -81,50 +71,6 @@ class DataConfig(Section):
     limit_train: Count | None = Field(None, description="use only the first N records")
     limit_eval: Count | None = None
     shuffle: bool = True
-
-
-TARGET_PRESETS = ("all-linear", "attention", "mlp")
-
-
-def _check_targets(value: Any) -> Any:
-    """A preset or a pattern (text), or a list of names. One message for all of them: a union's would name neither."""
-    if isinstance(value, str) and value:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"'{value}' is no valid pattern ({error})") from None
-        return value
-    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
-        return tuple(value)
-    raise ValueError(f"expected {', '.join(TARGET_PRESETS)}, a list of module names, or a pattern for whole names")
-
-
-class LoRAConfig(Section):
-    """Low-rank adaptation (Hu et al. 2021): W stays, and s·B·A is learnt beside it; A has r rows, B has r columns.
-
-    s is lora_alpha / r, or lora_alpha / √r with `use_rslora` (Kalajdzievski 2023). The names and their meaning are
-    peft's. The output head and the embeddings are never adapted.
-    """
-
-    name: Literal["lora"] = "lora"
-    r: Annotated[int, Field(ge=1, le=2**16)] = 16
-    lora_alpha: Count = Field(
-        32, description="at one alpha, the best learning rate hardly moves with r (Schulman 2025)"
-    )
-    lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    use_rslora: bool = False
-    init_lora_weights: Literal[True, "gaussian"] = Field(
-        True, description="of A: true is uniform in ±1/√in, as the authors' code; gaussian has variance 1/r². B is 0"
-    )
-    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(_check_targets)] = Field(
-        "all-linear",
-        description="all-linear (but the output head), attention, mlp; a list of module names; or a regular expression "
-        "for whole module names",
-    )
-
-
-AdapterConfig = LoRAConfig
-"""What `adapter` may be; further kinds join a union here, told apart by `name`."""
 
 
 class SFTConfig(Section):
@@ -182,92 +128,6 @@ class DPOConfig(Section):
 MethodConfig = Annotated[SFTConfig | DPOConfig, Field(discriminator="name")]
 
 
-class _Warmup(Section):
-    warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    warmup_ratio: Fraction | None = None
-
-    @model_validator(mode="after")
-    def _one_warmup(self) -> _Warmup:
-        if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ValueError("give warmup_steps or warmup_ratio, not both")
-        return self
-
-
-class ConstantSchedule(_Warmup):
-    lr_scheduler_type: Literal["constant"] = "constant"
-
-
-class LinearSchedule(_Warmup):
-    lr_scheduler_type: Literal["linear"] = "linear"
-    min_lr_ratio: Fraction = 0.0
-
-
-class CosineSchedule(_Warmup):
-    lr_scheduler_type: Literal["cosine"] = "cosine"
-    min_lr_ratio: Fraction = 0.0
-
-
-class InverseSqrtSchedule(_Warmup):
-    lr_scheduler_type: Literal["inverse_sqrt"] = "inverse_sqrt"
-    timescale: Count | None = Field(None, description="default: the warmup steps, or 10000 without warmup")
-
-
-class WSDSchedule(_Warmup):
-    """Warmup, stable, decay (Hu et al. 2024, MiniCPM)."""
-
-    lr_scheduler_type: Literal["warmup_stable_decay"] = "warmup_stable_decay"
-    decay_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
-    decay_type: Literal["linear", "cosine", "1-sqrt"] = "linear"
-    min_lr_ratio: Fraction = 0.0
-
-
-ScheduleConfig = Annotated[
-    ConstantSchedule | LinearSchedule | CosineSchedule | InverseSqrtSchedule | WSDSchedule,
-    Field(discriminator="lr_scheduler_type"),
-]
-
-
-class _Optimizer(Section):
-    learning_rate: Positive
-    weight_decay: NonNegative = 0.0
-    schedule: ScheduleConfig = LinearSchedule()
-
-
-class SGDConfig(_Optimizer):
-    """Plain SGD; `momentum` > 0 is heavy-ball momentum, `nesterov` its look-ahead form."""
-
-    name: Literal["sgd"] = "sgd"
-    learning_rate: Positive = 1e-2
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    nesterov: bool = False
-
-    @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> SGDConfig:
-        if self.nesterov and self.momentum == 0.0:
-            raise ValueError("nesterov needs momentum > 0")
-        return self
-
-
-class AdamConfig(_Optimizer):
-    """Adam with L2 regularisation in the gradient (Kingma & Ba 2015)."""
-
-    name: Literal["adam"] = "adam"
-    learning_rate: Positive = SFT_LEARNING_RATE
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), strict=False
-    )
-    eps: Positive = 1e-8
-
-
-class AdamWConfig(AdamConfig):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
-
-    name: Literal["adamw"] = "adamw"  # type: ignore[assignment]
-
-
-OptimizerConfig = Annotated[SGDConfig | AdamConfig | AdamWConfig, Field(discriminator="name")]
-
-
 class TrainingConfig(Section):
     """How long, in what portions, and what is kept."""
 
@@ -280,6 +140,12 @@ class TrainingConfig(Section):
     max_steps: Count | None = Field(None, description="optimizer steps; overrides num_train_epochs")
     max_grad_norm: Positive | None = Field(1.0, description="null: no clipping")
     gradient_checkpointing: bool = False
+    gradient_release: bool = Field(
+        False, description="update each weight as soon as its gradient is there, and free that (one micro-batch a step)"
+    )
+    neftune_noise_alpha: Positive | None = Field(
+        None, description="NEFTune (Jain et al. 2023): uniform noise on the embeddings while training; they use 5 to 15"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     num_threads: Count | None = Field(None, description="CPU threads; default: the machine's cores")
     logging_steps: Count = 1
@@ -332,7 +198,7 @@ class Recipe(Section):
             return data
         preference = isinstance(method, dict) and method.get("name") == "dpo"
         rate = DPO_LEARNING_RATE if preference else SFT_LEARNING_RATE
-        factor = 1 if data.get("adapter") is None else ADAPTER_LEARNING_RATE_FACTOR
+        factor = _learning_rate_factor(data.get("adapter"))
         return {**data, "optimizer": {"learning_rate": rate * factor, **optimizer}}
 
     def resolved(self) -> dict[str, Any]:
@@ -356,6 +222,12 @@ class Recipe(Section):
         for key in ("output_dir", "run_name", "logging_steps", "save_steps", "save_total_limit"):
             del data["training"][key]
         return data
+
+
+def _learning_rate_factor(adapter: Any) -> float:
+    """Of the adapter a recipe's plain data (or a built section) names; 1 without, or where the name is unknown."""
+    name = adapter.get("name", "lora") if isinstance(adapter, dict) else getattr(adapter, "name", None)
+    return next((kind.learning_rate_factor for kind in ADAPTER_KINDS if kind.model_fields["name"].default == name), 1.0)
 
 
 def _flat(node: Any, path: str = "") -> dict[str, Any]:

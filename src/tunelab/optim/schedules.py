@@ -13,7 +13,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from tunelab.config import ScheduleConfig
-from tunelab.config.schema import (
+from tunelab.config.schedules import (
     ConstantSchedule,
     CosineSchedule,
     InverseSqrtSchedule,
