@@ -115,6 +115,27 @@ def test_mutated_values(part: int) -> None:
     assert min(seen.values()) > 0, f"the mutations are too mild or too wild to say anything: {seen}"
 
 
+ADAPTERS: list[dict[str, Any]] = [
+    {"name": "lora", "r": 8, "init_lora_weights": "pissa", "target_modules": ["q_proj"]},
+    {"name": "ia3", "target_modules": ["k_proj"], "feedforward_modules": ["k_proj"]},
+    {"name": "prefix_tuning", "num_virtual_tokens": 8, "prefix_projection": True, "encoder_hidden_size": 64},
+    {"name": "p_tuning_v2", "num_virtual_tokens": 8},
+    {"name": "prompt_tuning", "prompt_tuning_init": "text", "prompt_tuning_init_text": "Answer:"},
+    {"name": "p_tuning", "encoder_reparameterization_type": "lstm", "encoder_num_layers": 1},
+    {"name": "partial", "last_layers": 2},
+]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: str(adapter["name"]))
+def test_mutated_adapters(adapter: dict[str, Any]) -> None:
+    rng = random.Random(f"adapters {adapter['name']}")
+    recipe = {"model": {"name": "m"}, "data": {"train": "d"}, "method": {"name": "sft"}}
+    assert outcome(lambda: parse_recipe({**recipe, "adapter": adapter})) == "accepted"
+    for _ in range(60):
+        data = {**recipe, "adapter": mutate_values(rng, adapter)}
+        outcome(lambda data=data: parse_recipe(data))  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("part", range(5))
 def test_mutated_bytes(part: int, tmp_path: Path) -> None:
     rng = random.Random(f"bytes {part}")

@@ -25,6 +25,15 @@ def _check_targets(value: Any) -> Any:
     raise ValueError(f"expected {', '.join(TARGET_PRESETS)}, a list of module names, or a pattern for whole names")
 
 
+def _check_init(value: Any) -> Any:
+    """One message for all of them: a union's would name neither."""
+    if value is not True and not (isinstance(value, str) and re.fullmatch(_INIT, value)):
+        shown = str(value).lower() if isinstance(value, bool | int | float) else f"'{value!s:.40}'"
+        raise ValueError(f"expected true, gaussian, pissa or pissa_niter_N (in N rounds), found {shown}")
+    return value
+
+
+_INIT = r"gaussian|pissa|pissa_niter_[1-9][0-9]*"
 Targets = Annotated[str | tuple[str, ...], BeforeValidator(_check_targets)]
 Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -32,6 +41,9 @@ Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 class _Adapter(Section):
     learning_rate_factor: ClassVar[float] = 1.0
     """adam's and adamw's default learning rate is this many times the method's for full tuning."""
+
+    is_removable: ClassVar[bool] = True
+    """New weights beside old ones that stay: switched off, the model is what it was."""
 
 
 class LoRAConfig(_Adapter):
@@ -58,13 +70,11 @@ class LoRAConfig(_Adapter):
     ephemeral_gpu_offload: bool = Field(
         False, description="use_dora and CUDA: weights that lie on the CPU visit the GPU for the columns' lengths"
     )
-    init_lora_weights: Annotated[str, Field(pattern=r"^(gaussian|pissa|pissa_niter_[1-9][0-9]*)$")] | Literal[True] = (
-        Field(
-            True,
-            description="true: A is uniform in ±1/√in, as the authors' code, and B 0; gaussian: A has variance 1/r²; "
-            "pissa: the r largest singular directions of W move into B·A (Meng et al. 2024), exactly, or in n rounds "
-            "of randomised SVD as pissa_niter_n",
-        )
+    init_lora_weights: Annotated[str | Literal[True], BeforeValidator(_check_init)] = Field(
+        True,
+        description="true: A is uniform in ±1/√in, as the authors' code, and B 0; gaussian: A has variance 1/r²; "
+        "pissa: the r largest singular directions of W move into B·A (Meng et al. 2024), exactly, or in n rounds "
+        "of randomised SVD as pissa_niter_n",
     )
     loraplus_lr_ratio: Positive | None = Field(
         None, description="LoRA+ (Hayou et al. 2024): B learns this many times faster than A; they advise 16"
@@ -117,10 +127,15 @@ class PrefixTuningConfig(_VirtualTokens):
     """
 
     learning_rate_factor: ClassVar[float] = 50.0
+    # Starting points rather than optima, here and below: 1e-3 for what an encoder computes, as in peft's P-tuning
+    # guide; more for bare keys and values, and most for bare embeddings (Lester et al. 2021 use 0.3 with Adafactor,
+    # peft's prompt-tuning guide 3e-2 with AdamW).
 
     name: Literal["prefix_tuning"] = "prefix_tuning"
     prefix_projection: bool = True
-    encoder_hidden_size: Count | None = Field(None, description="prefix_projection only; default: the hidden size")
+    encoder_hidden_size: Count | None = Field(
+        None, description="prefix_projection only; default: the model's hidden size"
+    )
 
     @model_validator(mode="after")
     def _hidden_size_of_the_projection(self) -> PrefixTuningConfig:
@@ -140,13 +155,14 @@ class PTuningV2Config(_VirtualTokens):
 class PromptTuningConfig(_VirtualTokens):
     """Prompt tuning (Lester et al. 2021): learnt embeddings before every sequence.
 
-    `prompt_tuning_init: text` starts them as the embeddings of `prompt_tuning_init_text`, repeated or cut to length.
+    They start as standard normal numbers (`random`), as the embeddings of random tokens (`sample_vocab`), or as those
+    of `prompt_tuning_init_text`, repeated or cut to length (`text`; the paper's sec. 3.2 compares the three).
     """
 
     learning_rate_factor: ClassVar[float] = 500.0
 
     name: Literal["prompt_tuning"] = "prompt_tuning"
-    prompt_tuning_init: Literal["random", "text"] = "random"
+    prompt_tuning_init: Literal["random", "sample_vocab", "text"] = "random"
     prompt_tuning_init_text: str | None = Field(None, min_length=1, description="prompt_tuning_init: text only")
 
     @model_validator(mode="after")
@@ -165,12 +181,14 @@ class PTuningConfig(_VirtualTokens):
     encoder_reparameterization_type: Literal["mlp", "lstm"] = "mlp"
     encoder_hidden_size: Count = 128
     encoder_num_layers: Annotated[int, Field(ge=1, le=16)] = Field(2, description="lstm only; the mlp has two")
-    encoder_dropout: Dropout = Field(0.0, description="lstm only")
+    encoder_dropout: Dropout = Field(0.0, description="lstm only, between its layers")
 
     @model_validator(mode="after")
     def _knobs_of_the_lstm(self) -> PTuningConfig:
         if self.encoder_reparameterization_type != "lstm" and (self.encoder_dropout or self.encoder_num_layers != 2):
             raise ValueError("encoder_num_layers and encoder_dropout are read by encoder_reparameterization_type: lstm")
+        if self.encoder_dropout and self.encoder_num_layers == 1:
+            raise ValueError("encoder_dropout acts between the layers of the lstm, and encoder_num_layers is 1")
         return self
 
 
@@ -178,6 +196,8 @@ class PartialConfig(_Adapter):
     """No new weights: the last `last_layers` blocks and the final norm learn, or every bias does (BitFit, Zaken et al.
     2021). A checkpoint is a whole model.
     """
+
+    is_removable: ClassVar[bool] = False
 
     name: Literal["partial"] = "partial"
     last_layers: Count | None = None

@@ -38,8 +38,33 @@ OTHER_WORDS = {
     "steps": "max_steps",
     "rank": "r",
     "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "prefix_length": "num_virtual_tokens",
+    "pre_seq_len": "num_virtual_tokens",
+    "num_layers": "last_layers",
+    "prefix": "prefix_tuning",
+    "prompt": "prompt_tuning",
+    "p-tuning": "p_tuning",
+    "ptuning": "p_tuning",
+    "p-tuning-v2": "p_tuning_v2",
+    "ptuning_v2": "p_tuning_v2",
 }
 """Words in common use that are spelled too differently for a nearest match to find the right one."""
+
+OTHER_NAMES: dict[KeyPath, dict[str, str]] = {
+    ("adapter", "name"): {
+        "dora": "lora with use_dora: true",
+        "qlora": "lora with model.load_in_4bit: true",
+        "rslora": "lora with use_rslora: true",
+        "pissa": "lora with init_lora_weights: pissa",
+        "loraplus": "lora with loraplus_lr_ratio: 16",
+        "lora+": "lora with loraplus_lr_ratio: 16",
+        "bitfit": "partial with biases: true",
+        "freeze": "partial with last_layers: K",
+        "full": "no adapter: remove the section",
+    }
+}
+"""What has a name of its own elsewhere and is a setting here, by key path."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +141,17 @@ def _message(problem: Any, path: KeyPath, data: Mapping[str, Any]) -> str:
             return "missing; the list is too short"
         return f"missing; add e.g. `{EXAMPLES[path]}`" if path in EXAMPLES else "missing"
     if kind in ("union_tag_invalid", "literal_error"):
-        return _unknown_choice(context, value)
+        return _unknown_choice(path, context, value)
     if kind == "string_too_short":
         return "is empty"
     if kind == "too_long":
         return f"expected at most {context['max_length']} values, found {context['actual_length']}"
     if kind == "value_error":
-        return str(context["error"])
+        return one_line(str(context["error"]), 300)
     return f"expected {_expected(kind, context)}, found {describe_value(value)}{_value_mend(kind, value)}"
 
 
-def _unknown_choice(context: Mapping[str, Any], value: Any) -> str:
+def _unknown_choice(path: KeyPath, context: Mapping[str, Any], value: Any) -> str:
     expected = str(context.get("expected_tags") or context.get("expected"))
     names = [name.strip(" '") for name in expected.replace(" or ", ", ").split(",")]
     names = ["true" if name == "True" else name for name in names]
@@ -134,8 +159,11 @@ def _unknown_choice(context: Mapping[str, Any], value: Any) -> str:
         value = value.get(context["discriminator"].strip("'"))
     if not isinstance(value, str):
         return f"expected one of {', '.join(names)}, found {describe_value(value)}"
-    other = OTHER_WORDS.get(value.lower())
-    hint = f" (did you mean '{other}'?)" if other in names else did_you_mean(value.lower(), names)
+    other, setting = OTHER_WORDS.get(value.lower()), OTHER_NAMES.get(path, {}).get(value.lower())
+    if setting is not None:
+        hint = f"; {value.lower()} is {setting}"
+    else:
+        hint = f" (did you mean '{other}'?)" if other in names else did_you_mean(value.lower(), names)
     return f"'{one_line(value, 40)}' is not one of {', '.join(names)}{hint}"
 
 
@@ -195,14 +223,23 @@ def _unknown_key(path: KeyPath, data: Mapping[str, Any]) -> str:
     wanted = OTHER_WORDS.get(word.lower(), word)
     if wanted in known:
         return f"unknown key (did you mean '{wanted}'?)"
-    for home, tag in _homes(wanted):
+    homes = list(_homes(word)) or list(_homes(wanted))
+    own = _section_tags(path[:-1], data)
+    kinds = list(dict.fromkeys(f"'{tag}'" for home, tag in homes if home == path and tag))
+    if own and kinds:
+        return f"unknown key of '{own}'; {_listed(kinds)} it"
+    for home, _ in homes:
         if home != path:
             return f"unknown key here (did you mean {'.'.join(home)}?)"
-        tags = _section_tags(path[:-1], data)
-        if tags and tag:
-            return f"unknown key of '{tags}'; '{tag}' reads it"
     hint = did_you_mean(word, known) or f"; known here: {', '.join(sorted(known))}"
     return f"unknown key{hint}"
+
+
+def _listed(kinds: list[str]) -> str:
+    """`'a' reads`, `'a' and 'b' read`, `'a', 'b' and 'c' read`."""
+    if len(kinds) == 1:
+        return f"{kinds[0]} reads"
+    return f"{', '.join(kinds[:-1])} and {kinds[-1]} read"
 
 
 def _section_tags(path: KeyPath, data: Mapping[str, Any]) -> str | None:
@@ -245,15 +282,19 @@ def _kinds(field: FieldInfo) -> Iterator[tuple[type[BaseModel], str | None]]:
 
     A section that may be left out (`… | None`) has those of what stands beside the None.
     """
-    annotation = field.annotation
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) in (Union, UnionType):
-        sections = [member for member in get_args(annotation) if member is not type(None)]
-        annotation = sections[0] if len(sections) == 1 else annotation
-    if get_origin(annotation) in (Union, UnionType) and isinstance(field.discriminator, str):
+    annotation, discriminator = field.annotation, field.discriminator
+    while get_origin(annotation) in (Annotated, Union, UnionType):
+        if get_origin(annotation) is Annotated:
+            annotation, *notes = get_args(annotation)
+            discriminator = next((n.discriminator for n in notes if isinstance(n, FieldInfo)), discriminator)
+            continue
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        if len(members) > 1:
+            break
+        annotation = members[0]
+    if get_origin(annotation) in (Union, UnionType) and isinstance(discriminator, str):
         for member in get_args(annotation):
-            for tag in get_args(member.model_fields[field.discriminator].annotation):
+            for tag in get_args(member.model_fields[discriminator].annotation):
                 yield member, tag
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, None

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from tunelab.config.adapters import ADAPTER_KINDS, AdapterConfig
-from tunelab.config.optimizers import DPO_LEARNING_RATE, SFT_LEARNING_RATE, AdamWConfig, OptimizerConfig
+from tunelab.config.optimizers import RELEASING, AdamWConfig, OptimizerConfig, default_learning_rate
 from tunelab.config.section import Count, NonNegative, Positive, Section
 
 SIMPO_BETA = 2.0
@@ -23,10 +23,10 @@ class ModelConfig(Section):
     revision: str | None = None
     tokenizer: str | None = Field(None, description="where the tokenizer comes from, if not from the model")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["auto", "float32", "bf16", "bf16-pure", "fp16"] = Field(
+    precision: Literal["auto", "float32", "bf16", "bf16-pure", "bf16-stored", "fp16"] = Field(
         "auto",
-        description="float32; bf16: autocast over float32 weights; bf16-pure: bf16 weights; "
-        "fp16: autocast over float32 weights with a gradient scaler",
+        description="float32; bf16: autocast over float32 weights; bf16-pure: bf16 weights and products; bf16-stored: "
+        "bf16 weights, float32 products; fp16: autocast over float32 weights with a gradient scaler",
     )
     load_in_4bit: bool = Field(False, description="QLoRA (Dettmers et al. 2023): a frozen base of 4 bits a weight")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = Field(None, description="load_in_4bit only; default nf4")
@@ -146,6 +146,11 @@ class TrainingConfig(Section):
     neftune_noise_alpha: Positive | None = Field(
         None, description="NEFTune (Jain et al. 2023): uniform noise on the embeddings while training; they use 5 to 15"
     )
+    stochastic_rounding: bool | None = Field(
+        None,
+        description="bf16-pure and bf16-stored only: updates in float32, weights rounded to bf16 stochastically; "
+        "default true (false: the optimizer's own bf16 arithmetic, which loses updates below 2^-9 of a weight)",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     num_threads: Count | None = Field(None, description="CPU threads; default: the machine's cores")
     logging_steps: Count = 1
@@ -153,6 +158,22 @@ class TrainingConfig(Section):
     save_total_limit: Count = 2
     output_dir: str = "runs"
     run_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+    @model_validator(mode="after")
+    def _release_takes_gradients_as_they_come(self) -> TrainingConfig:
+        if not self.gradient_release:
+            return self
+        if self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "gradient_release frees each gradient after one backward pass, so nothing accumulates; set "
+                "training.gradient_accumulation_steps: 1 with a larger training.per_device_train_batch_size"
+            )
+        if self.max_grad_norm is not None:
+            raise ValueError(
+                "gradient_release never has all gradients at one time, which clipping by their norm needs; set "
+                "training.max_grad_norm: null"
+            )
+        return self
 
 
 class EvaluationConfig(Section):
@@ -190,16 +211,52 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_learning_rate(cls, data: Any) -> Any:
-        """Preference tuning starts from a tuned model and needs smaller steps than SFT; adapters need larger ones."""
+        """By optimizer, method and adapter; see `default_learning_rate`."""
         if not isinstance(data, dict):
             return data
         method, optimizer = data.get("method"), data.get("optimizer", {"name": "adamw"})
-        if not isinstance(optimizer, dict) or optimizer.get("name") not in ("adam", "adamw"):
+        if not isinstance(optimizer, dict):
             return data
-        preference = isinstance(method, dict) and method.get("name") == "dpo"
-        rate = DPO_LEARNING_RATE if preference else SFT_LEARNING_RATE
-        factor = _learning_rate_factor(data.get("adapter"))
-        return {**data, "optimizer": {"learning_rate": rate * factor, **optimizer}}
+        name = method.get("name") if isinstance(method, dict) else None
+        rate = default_learning_rate(optimizer, name, _learning_rate_factor(data.get("adapter")))
+        return data if rate is None else {**data, "optimizer": {"learning_rate": rate, **optimizer}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_release(cls, data: Any) -> Any:
+        """LOMO and AdaLomo are defined by their place in the backward pass, where nothing is clipped by its norm."""
+        name = _name(data.get("optimizer")) if isinstance(data, dict) else None
+        if not isinstance(name, str) or name not in RELEASING:
+            return data
+        training = data.get("training", {})
+        if not isinstance(training, dict):
+            return data
+        return {**data, "training": {"gradient_release": True, "max_grad_norm": None, **training}}
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        if self.optimizer.name in RELEASING and not self.training.gradient_release:
+            raise ValueError(
+                f"optimizer.name: {self.optimizer.name} updates in the backward pass; leave out "
+                "training.gradient_release: false, or use "
+                + ("sgd, which is the same update" if self.optimizer.name == "lomo" else "adafactor")
+            )
+        if self.training.stochastic_rounding is not None and self.model.precision not in ("bf16-pure", "bf16-stored"):
+            raise ValueError(
+                "training.stochastic_rounding is read where weights are bf16: with model.precision: bf16-stored or "
+                f"bf16-pure, and it is {self.model.precision}"
+            )
+        return self
+
+    @property
+    def reference_is_below(self) -> bool:
+        """Whether the model as it starts is the trained one with its adapter switched off."""
+        return self.adapter is not None and self.adapter.is_removable
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that the adapter takes before every sequence."""
+        return getattr(self.adapter, "num_virtual_tokens", 0)
 
     def resolved(self) -> dict[str, Any]:
         """Every value, defaults included, as plain JSON-able data."""
@@ -222,6 +279,11 @@ class Recipe(Section):
         for key in ("output_dir", "run_name", "logging_steps", "save_steps", "save_total_limit"):
             del data["training"][key]
         return data
+
+
+def _name(section: Any) -> Any:
+    """`name` of a section, as plain data or built."""
+    return section.get("name") if isinstance(section, dict) else getattr(section, "name", None)
 
 
 def _learning_rate_factor(adapter: Any) -> float:
