@@ -17,7 +17,7 @@ from tests.test_train import Notes, _as_it_was, curve, recipe_data
 from tunelab.config import ModelConfig, parse_recipe
 from tunelab.errors import ConfigError
 from tunelab.export import export_model
-from tunelab.forecast import forecast
+from tunelab.planner import plan_recipe
 from tunelab.models.loading import load_model
 from tunelab.progress import SilentProgress
 from tunelab.runs import RunFolder
@@ -72,12 +72,12 @@ def test_a_checkpoint_is_the_adapter_and_its_state(run: Make) -> None:
 
 def test_the_forecast_says_what_is_trained(tmp_path: Path) -> None:
     recipe = recipe_data(tmp_path) | {"adapter": {"r": 4}}
-    told = forecast(parse_recipe(recipe), SilentProgress())
-    assert told["model"] == {
-        "name": "tiny-gpt2", "parameters": PARAMETERS + TRAINABLE, "trainable_parameters": TRAINABLE
-    }  # fmt: skip
-    assert told["disk_bytes"] == TRAINABLE * 4 * 3 * (2 + 2)
-    whole = forecast(parse_recipe(recipe | {"adapter": None}), SilentProgress())
+    told = plan_recipe(parse_recipe(recipe), SilentProgress(), strict=True)
+    assert told["model"]["parameters"] == PARAMETERS + TRAINABLE
+    assert told["model"]["trainable_parameters"] == TRAINABLE
+    steps = 2 * 8 * 4  # AdamW counts its steps in a number for each of A and B of eight layers
+    assert told["disk"]["total_bytes"] == (TRAINABLE * 4 * 3 + steps) * (2 + 2)
+    whole = plan_recipe(parse_recipe(recipe | {"adapter": None}), SilentProgress(), strict=True)
     assert whole["model"]["trainable_parameters"] == whole["model"]["parameters"] == PARAMETERS
 
 

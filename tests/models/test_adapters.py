@@ -445,7 +445,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         r"is of shape \[4, \d+\] in the file and of shape \[2, \d+\] in the model \(16 such\)",
     ),
     "other layers": (lambda f: edit(f, target_modules=["q_proj"]), r"does not fit its base model"),
-    "other kind": (lambda f: edit(f, peft_type="IA3", target_modules=None), r"an adapter of type IA3, and only LORA"),
+    "other kind": (
+        lambda f: edit(f, peft_type="LOHA", target_modules=None),
+        r"an adapter of type LOHA, and only LORA, IA3",
+    ),
+    "other weights": (
+        lambda f: edit(f, init_lora_weights="pissa_niter_4"),
+        r"stands on other weights than its base model.s \(init_lora_weights: pissa_niter_4\)",
+    ),
     "no base": (lambda f: edit(f, base_model_name_or_path=None), r"names no base_model_name_or_path"),
     "base gone": (
         lambda f: edit(f, base_model_name_or_path="/nowhere/base"),

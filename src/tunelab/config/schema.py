@@ -48,6 +48,16 @@ class ModelConfig(Section):
                 raise ValueError(f"{key} is read with load_in_4bit: true only")
         return self
 
+    @model_validator(mode="after")
+    def _float32_products_of_narrow_weights(self) -> ModelConfig:
+        for key, value in (("kernels", "plain"), ("layout", "padded")):
+            if self.precision == "bf16-stored" and getattr(self, key) == value:
+                raise ValueError(
+                    f"precision bf16-stored multiplies in float32, which only tunelab's own blocks can, and {key}: "
+                    f"{value} leaves them out; use precision: bf16-pure, or {key}: auto"
+                )
+        return self
+
     def at(self, place: str) -> ModelConfig:
         """The same choices for a model at another place; revision and tokenizer belong to the old one."""
         return self.model_copy(update={"name": place, "revision": None, "tokenizer": None})

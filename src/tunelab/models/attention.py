@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from tunelab.models.segments import plan_parts, segment_attention
+from tunelab.models.virtual_rows import VirtualKeys
 from tunelab.types import Segment
 
 PACKED_ATTENTION = "tunelab_packed"
@@ -33,18 +34,22 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     packed_segments: tuple[Segment, ...] | None = None,
+    packed_keys: VirtualKeys | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one packed row.
 
     query: (1, H, T, K); key, value: (1, H_kv, T, K) with H a multiple of H_kv (grouped-query attention).
     Returns ((1, T, H, K), None), as transformers expects. Without `packed_segments` the row is one sequence.
+    packed_keys: what stands before each root segment's keys and values in this layer.
     Raises ValueError for what this attention does not compute (masks, soft caps, sliding windows, sinks), so that an
     unsupported model is refused rather than trained wrongly.
     """
     if attention_mask is not None:
         raise ValueError("packed attention takes no attention mask")
     segments = packed_segments or (Segment(0, query.shape[2]),)
+    if packed_keys is not None:
+        segments = packed_keys.expansion.segments
     longest = max(segment.prefix_length + segment.stop - segment.start for segment in segments)
     for name in ("softcap", "sliding_window", "s_aux", "position_bias"):
         setting = kwargs.get(name)
@@ -53,7 +58,14 @@ def packed_attention(
             raise ValueError(f"packed attention does not implement {name} {setting}")
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attended = segment_attention(queries, keys, values, plan_parts(tuple(segments)), scale, dropout)
+    parts = plan_parts(tuple(segments))
+    if packed_keys is not None:
+        layer: Any = module.layer_idx
+        shape = (queries.shape[1], keys.shape[1], keys.shape[1])
+        packed = packed_keys.before(torch.cat((queries, keys, values), dim=1).flatten(1), layer)
+        queries, keys, values = packed.unflatten(1, (-1, query.shape[-1])).split(shape, dim=1)
+        parts = plan_parts(tuple(segments), packed_keys.expansion.tokens)
+    attended = segment_attention(queries, keys, values, parts, scale, dropout)
     return attended.unflatten(1, (query.shape[1], -1))[None], None
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from tunelab.errors import ConfigError
+from tunelab.models.adapters.virtual import virtual_tokens
 from tunelab.models.attention import plain_attention
 from tunelab.models.fused.decoding import Decoding, why_not_decodable
 from tunelab.models.loaded import LoadedModel
+from tunelab.models.padded import virtual_inputs
 from tunelab.models.sampling import (
     GenerationSettings,
     draw,
@@ -23,6 +25,7 @@ from tunelab.models.sampling import (
     penalize_repetition,
     row_generator,
 )
+from tunelab.models.virtual_rows import VirtualTokens
 
 __all__ = ["Generation", "GenerationSettings", "generate"]
 
@@ -58,31 +61,46 @@ def generate(
     join to its `text`. Dropout is off meanwhile and the model's mode restored; no global random state is touched.
     Raises ConfigError for an empty prompt, or one that leaves no room in the model's context.
     """
-    _check_prompts(loaded.model, prompts, settings)
+    virtual = _virtual(loaded)
+    _check_prompts(loaded, prompts, settings)
     if not prompts:
         return []
     eos = _eos_ids(loaded)
     rows = [_Row(i, tuple(ids), settings, loaded.tokenizer, eos, on_text) for i, ids in enumerate(prompts)]
     # Prompts of about one length share a batch: a short one would wait for, and pay for, the columns of a long one.
     by_length = sorted(rows, key=lambda row: len(row.prompt))
-    with torch.inference_mode(), _steps(loaded, len(by_length[-1].prompt), settings) as step:
-        batch_size = settings.batch_size if step.has_cache else 1
-        for start in range(0, len(rows), batch_size):
-            _generate_batch(step, by_length[start : start + batch_size], settings)
+    with torch.inference_mode(), _steps(loaded, len(by_length[-1].prompt), settings, virtual) as step:
+        for batch in _batches(by_length, settings.batch_size if step.has_cache else 1, step.unpadded):
+            _generate_batch(step, batch, settings)
     return [row.result() for row in rows]
 
 
+def _batches(rows: list[_Row], size: int, unpadded: bool) -> Iterator[list[_Row]]:
+    """Neighbours, at most `size` together; `unpadded`: of one length."""
+    batch: list[_Row] = []
+    for row in rows:
+        if batch and (len(batch) == size or (unpadded and len(row.prompt) != len(batch[0].prompt))):
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
+
+
 @contextmanager
-def _steps(loaded: LoadedModel, longest: int, settings: GenerationSettings) -> Iterator[_Step | Decoding]:
+def _steps(
+    loaded: LoadedModel, longest: int, settings: GenerationSettings, virtual: VirtualTokens | None
+) -> Iterator[_Step | Decoding]:
     """The forward passes for this model: over its blocks' parameters where the engine found that they compute the same
     (`loaded.shortcuts`), else through its own modules.
     """
     model, num_positions = loaded.model, longest + settings.max_new_tokens
-    if loaded.shortcuts.fused_blocks and why_not_decodable(model, num_positions) is None:
-        yield Decoding(model, loaded.precision.compute_dtype or model.dtype, num_positions, settings.max_new_tokens)
+    ahead = 0 if virtual is None else virtual.count
+    if loaded.shortcuts.fused_blocks and why_not_decodable(model, ahead + num_positions) is None:
+        dtype = loaded.precision.compute_dtype or model.dtype
+        yield Decoding(model, dtype, num_positions, settings.max_new_tokens, virtual=virtual)
         return
     with _evaluating(model), plain_attention(model), loaded.precision.autocast():
-        yield _Step(model, loaded.device)
+        yield _Step(model, loaded.device, virtual)
 
 
 def _generate_batch(step: _Step | Decoding, rows: list[_Row], settings: GenerationSettings) -> None:
@@ -120,11 +138,13 @@ class _Step:
     """The forward passes of one batch: left-padded prompts first, then one token a row on the cache.
 
     A model without a key-value cache (state-space models) is given the whole sequence each time, one row at once:
-    recurrent layers would read padding.
+    recurrent layers would read padding. Behind `virtual` tokens there is none: a sliding window or a distance would
+    count it.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
-        self.model, self.device = model, device
+    def __init__(self, model: PreTrainedModel, device: torch.device, virtual: VirtualTokens | None = None) -> None:
+        self.model, self.device, self.virtual = model, device, virtual
+        self.unpadded = virtual is not None
         self.accepts = set(inspect.signature(model.forward).parameters)
         self.has_cache = "past_key_values" in self.accepts
 
@@ -135,11 +155,20 @@ class _Step:
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         self.input_ids, self.mask = ids.to(self.device), mask.to(self.device)
         self.cache = DynamicCache(config=self.model.config) if self.has_cache else None
+        if self.virtual is None:
+            return
+        if self.virtual.keys_values is not None:
+            self.cache = virtual_inputs(self.model, self.virtual, len(prompts), None)["past_key_values"]
+        self.mask = torch.cat((self.mask.new_ones(len(prompts), self.virtual.count), self.mask), dim=1)
 
     def next_logits(self) -> Tensor:
         """(B, V) float32 logits of the next token of every row."""
-        new = self.input_ids.shape[1]
         arguments: dict[str, Any] = {"input_ids": self.input_ids}
+        if self._reads_embeddings():
+            assert self.virtual is not None
+            tokens = self.model.get_input_embeddings()(arguments.pop("input_ids"))
+            arguments = virtual_inputs(self.model, self.virtual, len(tokens), tokens)
+        new = next(iter(arguments.values())).shape[1]
         if self.has_cache:
             positions = (self.mask.cumsum(dim=1) - 1).clamp(min=0)[:, -new:]
             arguments |= {"attention_mask": self.mask, "past_key_values": self.cache, "use_cache": True}
@@ -147,6 +176,12 @@ class _Step:
         kept = {name: value for name, value in arguments.items() if name in self.accepts}
         logits: Tensor = self.model(**kept).logits[:, -1]
         return logits.float()
+
+    def _reads_embeddings(self) -> bool:
+        """Whether virtual embeddings are still to be read: once, or with every token where nothing is kept."""
+        if self.virtual is None or self.virtual.embeddings is None:
+            return False
+        return self.cache is None or self.cache.get_seq_length() == 0
 
     def advance(self, tokens: Tensor, going: list[int]) -> None:
         """Append `tokens` (B,) and keep the rows `going`."""
@@ -225,15 +260,22 @@ class _Row:
         return Generation(tuple(self.ids), self.text, self.reason)
 
 
-def _check_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def _virtual(loaded: LoadedModel) -> VirtualTokens | None:
+    """The adapter's virtual tokens, computed without its dropout."""
+    with torch.inference_mode(), _evaluating(loaded.model):
+        return virtual_tokens(loaded)
+
+
+def _check_prompts(loaded: LoadedModel, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
+    context, virtual = loaded.context_length, loaded.num_virtual_tokens
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ConfigError(f"generation: prompt {index} is empty; a model continues at least one token")
         if context is not None and len(prompt) + settings.max_new_tokens > context:
+            ahead = f" (its {virtual} virtual tokens taken off)" if virtual else ""
             raise ConfigError(
                 f"generation: prompt {index} has {len(prompt)} tokens, and with max_new_tokens "
-                f"{settings.max_new_tokens} it exceeds the model's context of {context}; shorten one of them"
+                f"{settings.max_new_tokens} it exceeds the model's context of {context}{ahead}; shorten one of them"
             )
 
 

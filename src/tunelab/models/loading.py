@@ -29,11 +29,12 @@ from tunelab.config import ModelConfig
 from tunelab.errors import ConfigError, MachineError, TunelabError
 from tunelab.manifest import ADAPTER_CONFIG
 from tunelab.models import gguf, tiny
-from tunelab.models.adapters import load_adapter, merge_adapter
+from tunelab.models.adapters import can_merge, linear_layers, load_adapter, merge_adapter
 from tunelab.models.builtin import SMOLLM2, TINY_GPT2, cached_model
 from tunelab.models.dropout import set_dropout
 from tunelab.models.hub import explain_hub_error, hub_is_reachable
 from tunelab.models.loaded import LoadedModel
+from tunelab.models.quantised import FourBit, is_quantised, mark_quantised, quantise, settle
 from tunelab.models.quiet import quiet_transformers
 from tunelab.models.sources import (
     Source,
@@ -42,8 +43,9 @@ from tunelab.models.sources import (
     find_source,
     is_adapter,
     read_adapter_base,
+    read_virtual_tokens,
 )
-from tunelab.parallel import resolve_device, resolve_precision
+from tunelab.parallel import Precision, resolve_device, resolve_precision
 
 logger = logging.getLogger("tunelab.models")
 
@@ -73,25 +75,44 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: ModelConfig, adapters: Literal["merge", "keep"] = "merge") -> LoadedModel:
+def load_model(config: ModelConfig, adapters: Literal["merge", "keep", "fold"] = "merge") -> LoadedModel:
     """The model with its tokenizer, in evaluation mode, on the device and in the precision of `config`.
 
-    Where `config.name` holds an adapter (a run's, or any LoRA folder of peft's), its base model is loaded and the
-    adapter merged into it, so that a plain model comes back. `keep` leaves it beside the weights, to go on training it;
-    adapters below it, on which it was trained, are merged all the same.
+    Where `config.name` holds an adapter (a run's, or a folder of peft's), its base model is loaded and the adapter put
+    on it. What then becomes of the uppermost one (those below it, on which it was trained, are folded in):
 
-    Raises ConfigError for a name, folder or file that holds no usable causal language model; MachineError where the
-    hub, PyPI, the device or the precision is not there.
+    - merge: merged into the weights if that is exact, so that a plain model comes back; else it stays beside them, as
+      on a quantised base, or made of virtual tokens.
+    - keep: it stays beside the weights, to go on training it.
+    - fold: a plain model whatever it takes, to train another adapter on. A quantised base is dequantised, the adapter
+      merged, and the sum packed again, which moves the weights a little: that is logged.
+
+    Raises ConfigError for a name, folder or file that holds no usable causal language model, or an adapter below
+    another that cannot become weights; MachineError where the hub, PyPI, bitsandbytes, the device or the precision is
+    not there.
     """
     plain, folders = _below_adapters(config)
     loaded = _load_plain(plain)
     loaded.source = config.name
     for folder in folders:
-        load_adapter(loaded, folder)
-        if adapters == "merge" or folder != folders[-1]:
-            merge_adapter(loaded)
-            loaded.origin, loaded.revision = str(folder), None
+        last = folder == folders[-1]
+        load_adapter(loaded, folder, trainable=last and adapters == "keep")
+        exact = can_merge(loaded) and not is_quantised(loaded.model)
+        if last and (adapters == "keep" or (adapters == "merge" and not exact)):
+            break
+        _fold(loaded, folder, config)
     return loaded
+
+
+def _fold(loaded: LoadedModel, folder: Path, config: ModelConfig) -> None:
+    """Make the adapter of `folder` part of the weights."""
+    _check_foldable(folder)
+    packed = is_quantised(loaded.model)
+    merge_adapter(loaded)
+    if packed:
+        logger.warning("%s: its adapter is added to the dequantised weights, which are quantised again", folder)
+        quantise(loaded.model, linear_layers(loaded.model), _four_bit(config, loaded.precision), loaded.device)
+    loaded.origin, loaded.revision = str(folder), None
 
 
 def _below_adapters(config: ModelConfig) -> tuple[ModelConfig, list[Path]]:
@@ -121,6 +142,7 @@ def _load_plain(config: ModelConfig) -> LoadedModel:
     precision = resolve_precision(config.precision, device)
     source = find_source(config.name)
     check_revision(config, source)
+    four_bit = _four_bit(config, precision) if config.load_in_4bit else None
     if source.name == TINY_GPT2:
         own_config: PreTrainedConfig = tiny.tiny_config()
         original_dropout = set_dropout(own_config, config.dropout)
@@ -129,10 +151,12 @@ def _load_plain(config: ModelConfig) -> LoadedModel:
     else:
         opened = _open(source, config)
         own_config = _read_config(source, opened)
-        _check_causal(own_config, source, config.trust_remote_code)
+        _check_causal(own_config, source, config)
         original_dropout = set_dropout(own_config, config.dropout)
         tokenizer = load_tokenizer(config)
-        model = _read_weights(source, opened, own_config, precision.weights_dtype)
+        model = _read_weights(source, opened, own_config, precision.weights_dtype, four_bit, device)
+    if four_bit is not None and not is_quantised(model):  # transformers did not read it, or not tensor by tensor
+        quantise(model, linear_layers(model), four_bit, device)
     _check_vocabulary(model, tokenizer, config)
     return LoadedModel(
         model=model.to(device),
@@ -146,29 +170,58 @@ def _load_plain(config: ModelConfig) -> LoadedModel:
     )
 
 
-def load_skeleton(config: ModelConfig) -> PreTrainedModel:
+def load_skeleton(config: ModelConfig, needs_weights: bool = True) -> PreTrainedModel:
     """The model's modules and shapes on torch's `meta` device: no weights are read, no memory is taken.
 
-    For forecasts. Raises what `load_model` raises before it reads weights.
+    For forecasts. Without `needs_weights` a folder with a config.json alone will do. With `load_in_4bit` its layers
+    keep their plain shapes (bitsandbytes is not needed), and `quantised_bytes` says what each will take. Raises what
+    `load_model` raises before it reads weights.
     """
-    own_config = _config_alone(config)
+    own_config = _config_alone(config, needs_weights)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(own_config, trust_remote_code=config.trust_remote_code)
+        model = AutoModelForCausalLM.from_config(own_config, trust_remote_code=config.trust_remote_code)
+    if config.load_in_4bit:
+        mark_quantised(model)
+    return model
+
+
+def _four_bit(config: ModelConfig, precision: Precision) -> FourBit:
+    # Under autocast the products of packed layers are cast like everyone else's; outside of it (the engine's trial)
+    # they must be as sharp.
+    return FourBit.of(config, precision.weights_dtype)
 
 
 def load_context_length(config: ModelConfig) -> int | None:
-    """Positions the model has, from its config alone; None where it names no limit."""
-    return getattr(_config_alone(config).get_text_config(), "max_position_embeddings", None)
+    """Positions the model has for tokens, from its config alone (an adapter's virtual ones are taken off); None where
+    it names no limit.
+    """
+    positions = getattr(_config_alone(config).get_text_config(), "max_position_embeddings", None)
+    _, folders = _below_adapters(config)
+    return positions - read_virtual_tokens(folders[-1]) if positions is not None and folders else positions
 
 
-def _config_alone(config: ModelConfig) -> PreTrainedConfig:
+def check_foldable(config: ModelConfig) -> None:
+    """Raises ConfigError if `load_model(config, adapters="fold")` could not make a plain model, before reading any."""
+    for folder in _below_adapters(config)[1]:
+        _check_foldable(folder)
+
+
+def _check_foldable(folder: Path) -> None:
+    if read_virtual_tokens(folder):
+        raise ConfigError(
+            f"model.name: {folder} is made of virtual tokens, which cannot become weights that something else is "
+            "trained on; continue that run with --resume, or name its base model"
+        )
+
+
+def _config_alone(config: ModelConfig, needs_weights: bool = True) -> PreTrainedConfig:
     config, _ = _below_adapters(config)
     source = find_source(config.name)
     check_revision(config, source)
     if source.name == TINY_GPT2:
         return tiny.tiny_config()
-    own_config = _read_config(source, _open(source, config))
-    _check_causal(own_config, source, config.trust_remote_code)
+    own_config = _read_config(source, _open(source, config), needs_weights)
+    _check_causal(own_config, source, config)
     return own_config
 
 
@@ -194,19 +247,32 @@ def _open(source: Source, config: ModelConfig, own_revision: bool = True) -> _Op
     return _Opened(source.name, keywords, offline)
 
 
-def _read_config(source: Source, opened: _Opened) -> PreTrainedConfig:
-    """The model's config, once its files have been found whole."""
+def _read_config(source: Source, opened: _Opened, needs_weights: bool = True) -> PreTrainedConfig:
+    """The model's config, once its files have been found whole (where they are needed)."""
     if source.kind == "gguf":
         path = Path(source.name)
         with quiet_transformers():
             return gguf.read_gguf_config(path, gguf.read_gguf_header(path))
-    if source.kind != "hub":
+    if source.kind != "hub" and needs_weights:
         check_weights(Path(opened.place))
     with quiet_transformers(), _explained(source, offline=opened.offline):
         return AutoConfig.from_pretrained(opened.place, **opened.keywords)
 
 
-def _read_weights(source: Source, opened: _Opened, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _read_weights(
+    source: Source,
+    opened: _Opened,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    four_bit: FourBit | None,
+    device: torch.device,
+) -> PreTrainedModel:
+    """With `four_bit`, transformers packs each tensor on `device` as it is read: never a whole model in memory."""
+    packing: dict[str, Any] = {}
+    if four_bit is not None:
+        packing = {"quantization_config": four_bit.for_transformers(), "device_map": {"": device}}
+    if getattr(config, "quantization_config", None):
+        del packing["quantization_config"]  # the file's own
     with quiet_transformers(), _explained(source, offline=opened.offline):
         if source.kind == "gguf":
             model, report = gguf.load_gguf_weights(Path(source.name), config, dtype)
@@ -219,17 +285,20 @@ def _read_weights(source: Source, opened: _Opened, config: PreTrainedConfig, dty
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # reported, and refused below by name
                 output_loading_info=True,
+                **packing,
                 **opened.keywords,
             )
     _check_complete(report, source)
+    if is_quantised(model):
+        settle(model)
     return model
 
 
-def _check_causal(config: PreTrainedConfig, source: Source, trust_remote_code: bool) -> None:
+def _check_causal(config: PreTrainedConfig, source: Source, wanted: ModelConfig) -> None:
     """Refuse, before any weights are read, what is no plain causal language model."""
-    where = f"model.name: {source.given}"
+    where, trust_remote_code = f"model.name: {source.given}", wanted.trust_remote_code
     if getattr(config, "quantization_config", None) and source.kind != "gguf":
-        raise ConfigError(f"{where} is quantised, and quantised weights cannot be trained; use its full weights")
+        _check_quantised(config.quantization_config, where, wanted)
     if not str(getattr(config, "transformers_weights", None) or ".safetensors").endswith((".safetensors", ".json")):
         raise ConfigError(f"{where} names pickled weights ({config.transformers_weights}), which are never read")
     if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
@@ -243,6 +312,23 @@ def _check_causal(config: PreTrainedConfig, source: Source, trust_remote_code: b
     heads = [name for name in architectures if "For" in name and not name.endswith(("ForCausalLM", "Generation"))]
     if heads and causal.__name__ not in architectures:
         raise ConfigError(f"{where} has another head than a language model's ({heads[0]}); use its base model")
+
+
+def _check_quantised(found: Any, where: str, wanted: ModelConfig) -> None:
+    """Of weights that lie quantised on disk, bitsandbytes' 4 bits are a base for adapters, if that is asked for."""
+    described = found if isinstance(found, dict) else found.to_dict()
+    if described.get("quant_method") != "bitsandbytes" or not described.get("load_in_4bit"):
+        kind = described.get("quant_method") or "unknown"
+        raise ConfigError(f"{where} is quantised ({kind}), and such weights cannot be trained on; use its full weights")
+    if not wanted.load_in_4bit:
+        raise ConfigError(
+            f"{where} is quantised to 4 bits, which adapters alone can be trained on: set model.load_in_4bit: true and "
+            "an adapter, or use its full weights"
+        )
+    for key, default in (("bnb_4bit_quant_type", "fp4"), ("bnb_4bit_use_double_quant", False)):
+        chosen, own = getattr(wanted, key), described.get(key, default)
+        if chosen is not None and chosen != own:
+            raise ConfigError(f"model.{key}: the weights on disk have {str(own).lower()}; leave it out")
 
 
 def _check_complete(report: dict[str, Any], source: Source) -> None:

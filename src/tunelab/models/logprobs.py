@@ -15,29 +15,21 @@ pass, while the chunk is at hand, and one of the products is saved.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tunelab.products import linear, product
+from tunelab.models.alignment import ALIGNMENT
+from tunelab.models.narrow_head import narrow_token_logprobs
+from tunelab.models.tied import TiedGradient
+from tunelab.products import product
 
 CHUNK_SIZE = 512
 
 CPU_VOCABULARY_BLOCK = 1024
 """Columns of logits in one product on a CPU: one over all of them ran at 300 GFLOP/s where these ran at 430."""
-
-
-@dataclass
-class TiedGradient:
-    """Where the output head leaves its (V, D) gradient for the embedding of the same weight to add its rows to.
-
-    Autograd would make a second dense gradient for the embedding's few rows, and add the two. The embedding is upstream
-    of the head, so its backward pass always comes later; it returns the sum (`fused/embedding.py`).
-    """
-
-    value: Tensor | None = None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -110,6 +102,11 @@ def _leave(
     return found[0], None, found[2]
 
 
+def _multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a·b. A product over few positions has a shape that may never come again: MKL keeps nothing of it."""
+    return torch.mm(a, b) if min(a.shape) < ALIGNMENT else product(a, b)
+
+
 class _Head:
     """The output projection of a model, a chunk of positions at a time, into one buffer."""
 
@@ -119,10 +116,16 @@ class _Head:
         self.buffer: Tensor | None = None
 
     def chunks(self) -> list[slice]:
-        """Of like size: a few rows left over would use the whole weight for little."""
-        num = self.hidden.shape[0]
-        count = -(-num // self.chunk_size)
-        return [slice(num * i // count, num * (i + 1) // count) for i in range(count)]
+        """Of like size and whole multiples of ALIGNMENT, so that their products' kernels are found again; the fewer than
+        ALIGNMENT left over come last (`_multiply`).
+        """
+        unit = min(ALIGNMENT, self.chunk_size)
+        units = self.hidden.shape[0] // unit
+        count = -(-units // (self.chunk_size // unit))
+        edges = [0, *(units * i // count * unit for i in range(1, count + 1))]
+        if edges[-1] < self.hidden.shape[0]:
+            edges.append(self.hidden.shape[0])
+        return [slice(start, stop) for start, stop in pairwise(edges)]
 
     def vocabulary_blocks(self) -> list[slice]:
         vocabulary = self.weight.shape[0]
@@ -145,10 +148,11 @@ class _Head:
             logits = (part @ self.weight.T).float()
         else:
             if self.buffer is None:
-                self.buffer = part.new_empty(part.shape[0] + 1, self.weight.shape[0])  # chunks differ by one row
+                # Chunks differ by one unit.
+                self.buffer = part.new_empty(part.shape[0] + ALIGNMENT, self.weight.shape[0])
             logits = self.buffer[: part.shape[0]]
             for columns in self.vocabulary_blocks():
-                logits[:, columns] = linear(part, self.weight[columns])
+                logits[:, columns] = _multiply(part, self.weight[columns].T)
         return logits if self.bias is None else logits.add_(self.bias.float())
 
 
@@ -174,11 +178,11 @@ class _Gradients:
         narrow = probabilities.to(hidden.dtype)
         scaled = hidden[rows] if upstream is None else (hidden[rows] * upstream).to(hidden.dtype)
         if self.hidden is not None:
-            of_hidden = product(narrow, head.weight).neg_()
+            of_hidden = _multiply(narrow, head.weight).neg_()
             self.hidden[rows] = of_hidden if upstream is None else of_hidden.mul_(upstream)
         if self.weight is not None:
             for columns in head.vocabulary_blocks():
-                of_weight = product(narrow[:, columns].T, scaled).float()
+                of_weight = _multiply(narrow[:, columns].T, scaled).float()
                 if self.empty:
                     torch.neg(of_weight, out=self.weight[columns])
                 else:
@@ -219,11 +223,14 @@ def token_logprobs(
 
     summed: the promise that the loss is c·Σ log p, so that every log-probability gets the same gradient c; the weight's
     gradient would be wrong for any other loss. eager: make gradients in the forward pass where that can be done.
-    tied: takes the gradient of `weight`, which then is not autograd's to pass on.
+    tied: takes the gradient of `weight`, which then is not autograd's to pass on. A weight that is stored in fewer bits
+    than hidden has goes another way, whatever the loss (`narrow_head.py`).
     """
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     function = _EagerTokenLogprobs if eager and (summed or frozen) and torch.is_grad_enabled() else _TokenLogprobs
     # The function chooses its own precisions; autocast would turn its float32 sums back into bf16.
     with torch.autocast(hidden.device.type, enabled=False):
+        if weight.element_size() < hidden.element_size():
+            return narrow_token_logprobs(hidden, weight, targets, bias, tied)
         result: Tensor = function.apply(hidden, weight, bias, targets, chunk_size, tied)
     return result

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tunelab.models.alignment import aligned
 from tunelab.models.attention import PACKED_ATTENTION, plain_attention, register_packed_attention
 from tunelab.models.checkpointing import is_checkpointing
 from tunelab.models.fused import decoder_hidden, read_decoder
 from tunelab.models.fused.architecture import UnsupportedBlockError
-from tunelab.models.logprobs import TiedGradient, token_logprobs
+from tunelab.models.logprobs import token_logprobs
 from tunelab.models.padded import padded_logprobs
 from tunelab.models.shortcuts import OWN_MODULES, Shortcuts
+from tunelab.models.tied import TiedGradient
+from tunelab.models.virtual_rows import RowInput, VirtualTokens, prepare_row
 from tunelab.types import Batch, Segment
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -26,14 +29,24 @@ test is the other one: what one sequence holds must not move another's numbers a
 
 
 def packed_logprobs(
-    model: PreTrainedModel, batch: Batch, *, summed: bool = False, shortcuts: Shortcuts = OWN_MODULES
+    model: PreTrainedModel,
+    batch: Batch,
+    *,
+    summed: bool = False,
+    shortcuts: Shortcuts = OWN_MODULES,
+    virtual: VirtualTokens | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """log p(target) at every loss position of a packed row: (S,) float32, differentiable.
 
     Only the decoder runs on the T tokens; hidden states are gathered at the S loss positions before the output head.
-    summed: see `token_logprobs`.
+    summed: see `token_logprobs`. virtual: tokens before every sequence. noise: (T, D), added to the tokens' embeddings.
     """
     head = model.get_output_embeddings()
+    if batch.input_ids.device.type == "cpu" and virtual is None and noise is None:
+        row = RowInput(aligned(batch))
+    else:
+        row = prepare_row(batch, virtual, noise)
     tied = None
     if shortcuts.fused_blocks:
         decoder = read_decoder(model)
@@ -41,19 +54,14 @@ def packed_logprobs(
             tied = TiedGradient()
         hidden = decoder_hidden(
             decoder,
-            batch,
+            row,
             tied=tied,
             prune_last_block=shortcuts.prune_last_block,
             checkpointing=is_checkpointing(model),
+            float32_products=shortcuts.float32_products,
         )
     else:
-        hidden = model.base_model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            use_cache=False,
-            packed_segments=batch.segments,
-        ).last_hidden_state[0]
-        hidden = hidden.index_select(0, batch.loss_positions)
+        hidden = _own_modules(model, row).index_select(0, row.batch.loss_positions)
     return token_logprobs(
         hidden,
         head.weight,
@@ -65,14 +73,29 @@ def packed_logprobs(
     )
 
 
-def enable_packing(model: PreTrainedModel, longest: int = 0) -> str | None:
+def _own_modules(model: PreTrainedModel, row: RowInput) -> Tensor:
+    """(T, D) hidden states of a row, virtual ones included, by the model's own forward."""
+    batch, inputs = row.batch, {"input_ids": row.batch.input_ids[None]}
+    if row.edit is not None:
+        inputs = {"inputs_embeds": row.edit(model.get_input_embeddings()(batch.input_ids[None])[0])[None]}
+    found: Tensor = model.base_model(
+        **inputs,
+        position_ids=batch.position_ids[None],
+        use_cache=False,
+        packed_segments=batch.segments,
+        packed_keys=row.keys,
+    ).last_hidden_state[0]
+    return found
+
+
+def enable_packing(model: PreTrainedModel, longest: int = 0, virtual: VirtualTokens | None = None) -> str | None:
     """Switch `model` to packed attention if that computes what the plain model does; else say why not.
 
     The answer is found by trial, not by a list of architectures. A small row of three unequal sequences, two of them
     behind a shared prefix, goes through the model in evaluation mode: its log-probabilities must be those of the padded
     layout, and must stay what they are when the tokens of one sequence change. `longest` is the longest sequence that
-    will come (a sliding window shorter than that cannot be packed). Returns None if the model is now packed, else the
-    reason, with the model as it was.
+    will come, `virtual` tokens included (a sliding window shorter than that cannot be packed). Returns None if the
+    model is now packed, else the reason, with the model as it was.
     """
     if model.get_output_embeddings() is None:
         return "the model has no output embeddings"
@@ -80,15 +103,27 @@ def enable_packing(model: PreTrainedModel, longest: int = 0) -> str | None:
     if window is not None and getattr(model.config.get_text_config(), "use_sliding_window", True) and window < longest:
         return f"its attention slides over {window} tokens, and sequences may have {longest}"
     register_packed_attention()
-    return _try(model, PACKED_ATTENTION, OWN_MODULES)
+    return _try(model, PACKED_ATTENTION, OWN_MODULES, virtual)
 
 
-def enable_fused_blocks(model: PreTrainedModel) -> str | None:
+def why_no_keys(model: PreTrainedModel, virtual: VirtualTokens) -> str | None:
+    """What the model's own forward makes of keys and values before its sequences: None, or why it takes none."""
+    try:
+        with torch.no_grad(), plain_attention(model):
+            padded_logprobs(model, _probe_batch(model).to(model.device), virtual=virtual)
+    except _FAILURES as error:
+        return _reason(error)
+    return None
+
+
+def enable_fused_blocks(
+    model: PreTrainedModel, virtual: VirtualTokens | None = None, shortcuts: Shortcuts | None = None
+) -> str | None:
     """Whether the fused blocks compute what the plain model does, by the same trial: None, or why not."""
-    return _try(model, model.config._attn_implementation, Shortcuts())
+    return _try(model, model.config._attn_implementation, shortcuts or Shortcuts(), virtual)
 
 
-def _try(model: PreTrainedModel, attention: str, shortcuts: Shortcuts) -> str | None:
+def _try(model: PreTrainedModel, attention: str, shortcuts: Shortcuts, virtual: VirtualTokens | None) -> str | None:
     """None, and the model left with `attention`, if the probe row gives the plain model's numbers; else the reason."""
     batch = _probe_batch(model).to(model.device)
     before, was_training = model.config._attn_implementation, model.training
@@ -96,21 +131,30 @@ def _try(model: PreTrainedModel, attention: str, shortcuts: Shortcuts) -> str | 
     try:
         with torch.no_grad():
             with plain_attention(model):
-                expected = padded_logprobs(model, batch)
+                expected = padded_logprobs(model, batch, virtual=virtual)
             model.set_attn_implementation(attention)
-            found = packed_logprobs(model, batch, shortcuts=shortcuts)
-            moved = packed_logprobs(model, _with_other_first_completion(batch), shortcuts=shortcuts)
+            found = packed_logprobs(model, batch, shortcuts=shortcuts, virtual=virtual)
+            other = _with_other_first_completion(batch)
+            moved = packed_logprobs(model, other, shortcuts=shortcuts, virtual=virtual)
         reason = _why_not(found, expected, moved, batch, PROBE_TOLERANCE[model.dtype])
         if reason is None:
             return None
     except UnsupportedBlockError as error:
         reason = str(error)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+    except _FAILURES as error:
+        reason = _reason(error)
     finally:
         model.train(was_training)
     model.set_attn_implementation(before)
     return reason
+
+
+_FAILURES = (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, KeyError)
+"""Of other people's modules, given what they were not made for."""
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _why_not(found: Tensor, expected: Tensor, moved: Tensor, batch: Batch, tolerance: float) -> str | None:

@@ -6,14 +6,19 @@ The fallback for models whose attention cannot take packed rows. Chosen by trial
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from tunelab.models.virtual_rows import VirtualTokens
 from tunelab.types import Batch
 
 
-def padded_logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
+def padded_logprobs(
+    model: PreTrainedModel, batch: Batch, *, virtual: VirtualTokens | None = None, noise: Tensor | None = None
+) -> Tensor:
     """log p(target) at every loss position: (S,) float32, differentiable. The same numbers as `packed_logprobs`.
 
     Padding is on the right, so causal attention alone keeps it from every real token; the mask is passed all the same.
@@ -27,13 +32,38 @@ def padded_logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
         mask[number, : len(row)] = 1
     device = batch.input_ids.device
     index, mask = index.to(device), mask.to(device)
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids[index]}
+    if noise is not None or (virtual is not None and virtual.embeddings is not None):
+        tokens = model.get_input_embeddings()(inputs.pop("input_ids"))
+        inputs["inputs_embeds"] = tokens if noise is None else tokens + noise[index].to(tokens.dtype)
+    before = 0 if virtual is None else virtual.count
+    if virtual is not None:
+        mask = torch.cat((mask.new_ones(len(rows), before), mask), dim=1)
+        inputs |= virtual_inputs(model, virtual, len(rows), inputs.get("inputs_embeds"))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(
-        input_ids=batch.input_ids[index], attention_mask=mask, position_ids=positions, use_cache=False
-    ).logits
+    new = mask.shape[1] - (before if "past_key_values" in inputs else 0)
+    logits = model(**inputs, attention_mask=mask, position_ids=positions[:, -new:], use_cache=False).logits
     sequences, columns = _predictors(batch, rows)
-    chosen = logits[sequences.to(device), columns.to(device)].float()
+    chosen = logits[:, -width:][sequences.to(device), columns.to(device)].float()
     return torch.log_softmax(chosen, dim=-1).gather(1, batch.targets[:, None]).squeeze(1)
+
+
+def virtual_inputs(
+    model: PreTrainedModel, virtual: VirtualTokens, num_rows: int, tokens: Tensor | None
+) -> dict[str, Any]:
+    """Arguments of the model's forward that put `virtual` before each of its rows: a cache that holds them, or
+    embeddings with them before the (B, N, D) `tokens`.
+    """
+    if virtual.keys_values is None:
+        assert virtual.embeddings is not None
+        assert tokens is not None
+        return {
+            "inputs_embeds": torch.cat((virtual.embeddings.to(tokens.dtype).expand(num_rows, -1, -1), tokens), dim=1)
+        }
+    cache = DynamicCache(config=model.config)
+    for layer, (keys, values) in enumerate(virtual.keys_values.to(model.dtype)):
+        cache.update(*(rows.transpose(0, 1).expand(num_rows, -1, -1, -1) for rows in (keys, values)), layer)
+    return {"past_key_values": cache}
 
 
 def _rows(batch: Batch) -> list[list[int]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from tunelab.models.adapters import base_tensors, save_adapter
+from tunelab.models.adapters import adapter_tensors, base_tensors, save_adapter
 from tunelab.models.dropout import read_dropout, restore_dropout
 from tunelab.models.loaded import LoadedModel
 from tunelab.models.quiet import quiet_transformers
@@ -52,8 +54,24 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
     An adapter is left out: a model has the same fingerprint with it and without.
     """
+    return _fingerprint(base_tensors(model))
+
+
+def adapter_fingerprint(loaded: LoadedModel) -> str:
+    """The same over what an adapter adds, and what it is; empty without one."""
+    if loaded.adapter is None:
+        return ""
+    described = json.dumps(loaded.adapter.active_peft_config.to_dict(), default=_in_order, sort_keys=True)
+    return _fingerprint(adapter_tensors(loaded)) + described
+
+
+def _in_order(value: object) -> object:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(base_tensors(model).items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().reshape(-1).contiguous().cpu()
         digest.update(flat.view(torch.uint8).numpy().data)

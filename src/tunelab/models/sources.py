@@ -110,6 +110,12 @@ def read_adapter_base(folder: Path) -> tuple[str, str | None]:
     return base, revision if isinstance(revision, str) else None
 
 
+def read_virtual_tokens(folder: Path) -> int:
+    """Tokens that an adapter puts before every sequence; 0 for one of another kind. After `read_adapter_base`."""
+    described = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return int(described.get("num_virtual_tokens") or 0)
+
+
 def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():

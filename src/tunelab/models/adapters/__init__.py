@@ -13,9 +13,11 @@ from tunelab.models.adapters.attach import (
     adapt_skeleton,
     adapter_disabled,
     attach_adapter,
+    can_merge,
+    learning_rate_scales,
     merge_adapter,
 )
-from tunelab.models.adapters.saving import base_tensors, load_adapter, save_adapter
+from tunelab.models.adapters.saving import adapter_tensors, base_tensors, load_adapter, save_adapter
 from tunelab.models.adapters.targets import find_targets, linear_layers
 
 __all__ = [
@@ -23,9 +25,12 @@ __all__ = [
     "ADAPTER_NAME",
     "adapt_skeleton",
     "adapter_disabled",
+    "adapter_tensors",
     "attach_adapter",
     "base_tensors",
+    "can_merge",
     "find_targets",
+    "learning_rate_scales",
     "linear_layers",
     "load_adapter",
     "merge_adapter",

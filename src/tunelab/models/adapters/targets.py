@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,8 +28,8 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-def find_targets(model: PreTrainedModel, wanted: str | Iterable[str]) -> list[str]:
-    """Full names of the layers that `adapter.target_modules` means in `model`.
+def find_targets(model: PreTrainedModel, wanted: str | Iterable[str], key: str = "adapter.target_modules") -> list[str]:
+    """Full names of the layers that `adapter.target_modules` (or another `key`) means in `model`.
 
     `wanted` is a preset, a regular expression for whole names, or names (the end of a full name, from a dot on).
     Raises ConfigError, listing what exists, for a preset, pattern or name without any layer.
@@ -37,7 +38,7 @@ def find_targets(model: PreTrainedModel, wanted: str | Iterable[str]) -> list[st
     if not isinstance(wanted, str):
         for word in wanted:
             if not any(_ends_in(name, word) for name in layers):
-                raise _no_such_layer(f"'{word}'", model, layers)
+                raise _no_such_layer(f"{key}: '{word}'", model, layers)
         return [name for name in layers if any(_ends_in(name, word) for word in wanted)]
     if wanted == "all-linear":
         found = list(layers)
@@ -49,8 +50,17 @@ def find_targets(model: PreTrainedModel, wanted: str | Iterable[str]) -> list[st
     else:
         found = [name for name in layers if re.fullmatch(wanted, name)]
     if not found:
-        raise _no_such_layer(wanted if wanted in TARGET_PRESETS else f"the pattern '{wanted}'", model, layers)
+        what = wanted if wanted in TARGET_PRESETS else f"the pattern '{wanted}'"
+        raise _no_such_layer(f"{key}: {what}", model, layers)
     return found
+
+
+def weight_shape(layer: Any) -> tuple[int, int]:
+    """(out, in) of a linear layer, whichever way and however packed its weight is kept."""
+    if isinstance(layer, Conv1D):
+        inputs, outputs = layer.weight.shape
+        return outputs, inputs
+    return layer.out_features, layer.in_features
 
 
 def _ends_in(name: str, word: str) -> bool:
@@ -68,7 +78,7 @@ def _no_such_layer(what: str, model: PreTrainedModel, layers: Iterable[str]) -> 
     shown = ", ".join(names[:_MOST_NAMES_SHOWN]) + (", …" if len(names) > _MOST_NAMES_SHOWN else "")
     full = next(iter(layers), "")
     return ConfigError(
-        f"adapter.target_modules: {what} matches no linear layer of {type(model).__name__} (its output head is not "
+        f"{what} matches no linear layer of {type(model).__name__} (its output head is not "
         f"adapted); there are {shown or 'none'}" + (f", in full e.g. {full}" if full else "")
     )
 

@@ -1,7 +1,7 @@
 """Decoder blocks computed by a few hand-written functions over a Hugging Face model's own parameters.
 
     decoder = read_decoder(model)                # what the blocks are made of, or the reason why not
-    hidden = decoder_hidden(decoder, batch)      # (S, D), the hidden states that predict the targets
+    hidden = decoder_hidden(decoder, row)        # (S, D), the hidden states that predict the targets
 
 A composite block keeps every intermediate for its backward pass; here three functions a block keep only what cannot be
 recomputed by an elementwise pass (block input, q·k·v, attention output, the residual between, the pre-activation of the

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
+from tunelab.models.quantised import is_packed, shape_of
+
 Activation = Literal["gelu_tanh", "gelu", "swiglu"]
 
 _GELUS: dict[type[nn.Module], Activation] = {
@@ -26,16 +28,24 @@ class UnsupportedBlockError(Exception):
 
 @dataclass(frozen=True)
 class LowRank:
-    """A LoRA update s·B·A beside a projection. down: A, (r, in); up: B, (out, r); scaling: s."""
+    """A LoRA update beside a projection. down: A, (r, in); up: B, (out, r); scaling: s; bias: of B, (out,).
+
+    magnitude: DoRA's m, (out,), the lengths to which the rows of W + s·B·A are brought.
+    """
 
     down: Tensor
     up: Tensor
     scaling: float
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Projection:
-    """y = x·W + b [+ s·(x·Aᵀ)·Bᵀ]. weight: (out, in), or (in, out) where `input_first` (GPT-2's Conv1D)."""
+    """y = x·W + b; with an adapter x·W + b + s·((x·Aᵀ)·Bᵀ + b_B), or with DoRA m/‖W + s·B·A‖·(x·W + s·(x·Aᵀ)·Bᵀ) + b.
+
+    weight: (out, in), or (in, out) where `input_first` (GPT-2's Conv1D); or packed by bitsandbytes (`quantised.py`).
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -44,12 +54,19 @@ class Projection:
 
     @property
     def num_outputs(self) -> int:
-        return self.weight.shape[1 if self.input_first else 0]
+        return shape_of(self.weight)[1 if self.input_first else 0]
 
     def tensors(self) -> list[Tensor | None]:
-        """Weight, bias, and the adapter's two: what autograd may want gradients of, always four."""
+        """What autograd may want gradients of, always `NUM_TENSORS`: weight, bias, A, B, B's bias, m."""
         low = self.adapter
-        return [self.weight, self.bias, *((low.down, low.up) if low is not None else (None, None))]
+        return [
+            None if is_packed(self.weight) else self.weight,
+            self.bias,
+            *((low.down, low.up, low.bias, low.magnitude) if low is not None else (None,) * 4),
+        ]
+
+
+NUM_TENSORS = 6
 
 
 @dataclass(frozen=True)
@@ -216,19 +233,21 @@ def _norm(module: Any) -> Norm:
 
 
 def _projection(module: Any) -> Projection:
-    """Of nn.Linear or Conv1D, bare or under a LoRA layer of peft."""
-    if type(module) is nn.Linear:
-        return Projection(module.weight, module.bias, input_first=False)
-    if type(module) is Conv1D:
-        return Projection(module.weight, module.bias, input_first=True)
+    """Of nn.Linear, Conv1D or bitsandbytes' 4-bit layer, bare or under a LoRA layer of peft."""
     if hasattr(module, "lora_A"):
         base = _projection(module.get_base_layer())
         return Projection(base.weight, base.bias, base.input_first, _low_rank(module))
+    if hasattr(module, "ia3_l"):
+        raise UnsupportedBlockError("its adapter is IA3")
+    if type(module) is nn.Linear or is_packed(getattr(module, "weight", None)):
+        return Projection(module.weight, module.bias, input_first=False)
+    if type(module) is Conv1D:
+        return Projection(module.weight, module.bias, input_first=True)
     raise UnsupportedBlockError(f"a projection is {type(module).__name__}")
 
 
 def _low_rank(module: Any) -> LowRank | None:
-    """The one active, unmerged, plain LoRA of a peft layer; None where it is switched off."""
+    """The one active, unmerged LoRA or DoRA of a peft layer; None where it is switched off."""
     if module.disable_adapters:
         return None
     if module.merged or len(module.active_adapters) != 1:
@@ -237,9 +256,13 @@ def _low_rank(module: Any) -> LowRank | None:
     if name not in module.lora_A:
         return None
     down, up = module.lora_A[name], module.lora_B[name]
-    if getattr(module, "use_dora", {}).get(name) or getattr(module, "lora_variant", {}).get(name) is not None:
-        raise UnsupportedBlockError("its adapter is a variant of LoRA")
-    if type(down) is not nn.Linear or type(up) is not nn.Linear or up.bias is not None:
+    variant = type(module.lora_variant.get(name)).__name__
+    if variant not in ("NoneType", "DoraLinearVariant"):
+        raise UnsupportedBlockError(f"its adapter is a variant of LoRA ({variant})")
+    if type(down) is not nn.Linear or type(up) is not nn.Linear:
         raise UnsupportedBlockError("its adapter is not a plain LoRA")
-    _no_dropout(module.lora_dropout[name])
-    return LowRank(down.weight, up.weight, float(module.scaling[name]))
+    if getattr(module.lora_dropout[name], "p", 0.0):
+        # Each adapter would keep its own masked copy of an input that the fused functions recompute.
+        raise UnsupportedBlockError("its adapter has dropout (adapter.lora_dropout)")
+    magnitude = None if variant == "NoneType" else module.lora_magnitude_vector[name].weight
+    return LowRank(down.weight, up.weight, float(module.scaling[name]), up.bias, magnitude)

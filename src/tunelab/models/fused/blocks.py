@@ -15,16 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tunelab.models.fused.architecture import Block, Projection
+from tunelab.models.fused.architecture import NUM_TENSORS, Block
 from tunelab.models.fused.elementwise import activate, activate_backward, normalise, normalise_backward, rotate_
-from tunelab.models.fused.linear import (
-    Gradients,
-    adapter_gradient,
-    add_projection,
-    input_gradient,
-    parameter_gradients,
-    side_by_side,
-)
+from tunelab.models.fused.linear import Gradients, add_projection, flat, gradients, side_by_side, unflat
 
 Rotary = tuple[Tensor, Tensor] | None
 """cos and sin, each (T, 1, head_size/2)."""
@@ -34,15 +27,15 @@ class _BlockInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: Block, rotary: Rotary, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
         hidden = normalise(x, block.input_norm).to(dtype)
-        out, reduced = side_by_side(hidden, block.inputs)
+        out, kept = side_by_side(hidden, block.inputs)
         _rotate_queries_and_keys(out, block, rotary, inverse=False)
         ctx.block, ctx.rotary, ctx.dtype = block, rotary, dtype
-        ctx.save_for_backward(x, *reduced)
+        ctx.save_for_backward(x, *flat(kept))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, *reduced = ctx.saved_tensors
+        x, *saved = ctx.saved_tensors
         block: Block = ctx.block
         # The attention function makes this gradient for us alone, so it may be turned back in place.
         grad = grads[0]
@@ -54,12 +47,13 @@ class _BlockInput(torch.autograd.Function):
         widths = [projection.num_outputs for projection in block.inputs]
         found: Gradients = []
         grad_hidden = None
-        for i, (projection, part) in enumerate(zip(block.inputs, grad.split(widths, dim=1), strict=True)):
-            reduced_grad = adapter_gradient(part, projection)
-            flags = rest[4 * i : 4 * i + 4]
-            found += parameter_gradients(part, hidden, projection, reduced[i], reduced_grad, flags)
-            if below:
-                grad_hidden = input_gradient(part, projection, reduced_grad, onto=grad_hidden)
+        for i, (projection, part, kept) in enumerate(
+            zip(block.inputs, grad.split(widths, dim=1), unflat(saved), strict=True)
+        ):
+            flags = rest[NUM_TENSORS * i : NUM_TENSORS * (i + 1)]
+            own, through = gradients(part, hidden, projection, kept, flags, wants_x=below, onto=grad_hidden)
+            found += own
+            grad_hidden = through
         norm_grads: Gradients = [None, None]
         grad_x = None
         if grad_hidden is not None:
@@ -79,17 +73,18 @@ def _rotate_queries_and_keys(packed: Tensor, block: Block, rotary: Rotary, inver
 class _BlockOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, attended: Tensor, x: Tensor, block: Block, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
-        middle, reduced_output = add_projection(attended, block.output, x)
+        middle, kept_output = add_projection(attended, block.output, x)
         hidden = normalise(middle, block.mlp_norm).to(dtype)
-        pre, reduced_up = side_by_side(hidden, block.up)
-        result, reduced_down = add_projection(activate(pre, block.activation), block.down, middle)
+        pre, kept_up = side_by_side(hidden, block.up)
+        result, kept_down = add_projection(activate(pre, block.activation), block.down, middle)
         ctx.block, ctx.dtype = block, dtype
-        ctx.save_for_backward(attended, middle, pre, reduced_output, reduced_down, *reduced_up)
+        ctx.save_for_backward(attended, middle, pre, *flat([kept_output, kept_down, *kept_up]))
         return result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        attended, middle, pre, reduced_output, reduced_down, *reduced_up = ctx.saved_tensors
+        attended, middle, pre, *saved = ctx.saved_tensors
+        kept_output, kept_down, *kept_up = unflat(saved)
         block: Block = ctx.block
         grad = grads[0]
         wants_attended, wants_x = ctx.needs_input_grad[:2]
@@ -98,7 +93,7 @@ class _BlockOutput(torch.autograd.Function):
 
         active = activate(pre, block.activation) if any(for_down) else None
         narrow = grad.to(ctx.dtype)
-        down_found, grad_active = _through(narrow, active, block.down, reduced_down, for_down)
+        down_found, grad_active = gradients(narrow, active, block.down, kept_down, for_down)
         del active
         assert grad_active is not None
         grad_pre = activate_backward(grad_active, pre, block.activation)
@@ -108,11 +103,12 @@ class _BlockOutput(torch.autograd.Function):
         up_found: Gradients = []
         grad_hidden: Tensor | None = None
         widths = [projection.num_outputs for projection in block.up]
-        for i, (projection, part) in enumerate(zip(block.up, grad_pre.split(widths, dim=1), strict=True)):
-            reduced_grad = adapter_gradient(part, projection)
-            flags = for_up[4 * i : 4 * i + 4]
-            up_found += parameter_gradients(part, hidden, projection, reduced_up[i], reduced_grad, flags)
-            grad_hidden = input_gradient(part, projection, reduced_grad, onto=grad_hidden)
+        for i, (projection, part, kept) in enumerate(
+            zip(block.up, grad_pre.split(widths, dim=1), kept_up, strict=True)
+        ):
+            flags = for_up[NUM_TENSORS * i : NUM_TENSORS * (i + 1)]
+            own, grad_hidden = gradients(part, hidden, projection, kept, flags, onto=grad_hidden)
+            up_found += own
         assert grad_hidden is not None
         del hidden, grad_pre
 
@@ -120,8 +116,8 @@ class _BlockOutput(torch.autograd.Function):
         assert through is not None
         grad_middle = through.add_(grad)
         narrow = grad_middle.to(ctx.dtype)
-        output_found, grad_attended = _through(
-            narrow, attended, block.output, reduced_output, for_output, wants_attended
+        output_found, grad_attended = gradients(
+            narrow, attended, block.output, kept_output, for_output, wants_x=wants_attended
         )
         return (
             grad_attended,
@@ -135,24 +131,12 @@ class _BlockOutput(torch.autograd.Function):
         )
 
 
-def _through(
-    grad: Tensor,
-    x: Tensor | None,
-    projection: Projection,
-    reduced: Tensor | None,
-    wanted: list[bool],
-    wants_x: bool = True,
-) -> tuple[Gradients, Tensor | None]:
-    """Gradients of a projection's tensors, and of its input."""
-    reduced_grad = adapter_gradient(grad, projection)
-    found = parameter_gradients(grad, x, projection, reduced, reduced_grad, wanted)
-    return found, input_gradient(grad, projection, reduced_grad) if wants_x else None
-
-
 def _shares(wanted: list[bool], num_up: int) -> tuple[list[bool], tuple[bool, bool], list[bool], list[bool]]:
     """Flags of output, norm, up, down: in the order `block_output` passes their tensors."""
-    start = 6 + 4 * num_up
-    return wanted[:4], (wanted[4], wanted[5]), wanted[6:start], wanted[start:]
+    norm = NUM_TENSORS
+    up = norm + 2
+    down = up + NUM_TENSORS * num_up
+    return wanted[:norm], (wanted[norm], wanted[norm + 1]), wanted[up:down], wanted[down:]
 
 
 def block_input(x: Tensor, block: Block, rotary: Rotary, dtype: torch.dtype) -> Tensor:

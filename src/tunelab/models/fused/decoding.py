@@ -25,8 +25,10 @@ from transformers import PreTrainedModel
 
 from tunelab.models.fused.architecture import Block, Decoder, Projection, read_decoder
 from tunelab.models.fused.elementwise import activate, normalise
-from tunelab.models.fused.linear import matrix
+from tunelab.models.fused.linear import matrix, row_lengths, summed_bias
+from tunelab.models.quantised import is_packed
 from tunelab.models.segments import plan_parts, segment_attention
+from tunelab.models.virtual_rows import VirtualTokens
 from tunelab.products import linear
 from tunelab.types import Segment
 
@@ -58,10 +60,12 @@ class Decoding:
     """The forward passes of one batch after another. Call it in inference mode, without autocast.
 
     dtype: of products and cache. num_positions: of the longest prompt with its answer. static: constant shapes, as a
-    CUDA graph needs them; by default on CUDA alone.
+    CUDA graph needs them; by default on CUDA alone. virtual: tokens before every prompt; their keys and values fill the
+    first columns of the cache, and positions count them.
     """
 
     has_cache = True
+    unpadded = False
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class Decoding:
         num_positions: int,
         max_new_tokens: int,
         static: bool | None = None,
+        virtual: VirtualTokens | None = None,
     ) -> None:
         decoder, head = read_decoder(model), model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
@@ -77,7 +82,9 @@ class Decoding:
         self.device = decoder.tokens.device
         self.layers = [_Layer(block, dtype) for block in decoder.blocks]
         self.head = _Product(Projection(head.weight, head.bias, input_first=False), dtype)
-        self.table = _rotary_table(decoder, num_positions)
+        self.ahead = 0 if virtual is None else virtual.count
+        self.table = _rotary_table(decoder, self.ahead + num_positions)
+        self.before = None if virtual is None else self._keys_values(virtual)
         self.static = self.device.type == "cuda" if static is None else static
         self.prompts: Sequence[Sequence[int]] = ()
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -87,18 +94,21 @@ class Decoding:
         block = self.decoder.blocks[0]
         num_rows, width = len(prompts), max(len(prompt) for prompt in prompts)
         self.prompts, self.graph = prompts, None
+        width += self.ahead
         self.num_columns, self.used = width + self.max_new_tokens, width
         shape = (len(self.layers), 2, num_rows, block.num_kv_heads, self.num_columns, block.head_size)
         self.cache = torch.empty(shape, dtype=self.dtype, device=self.device)
         # What no row has written is masked, but zero times what lies in fresh memory may be NaN.
         (self.cache if self.static else self.cache[..., :width, :]).zero_()
+        if self.before is not None:
+            self.cache[..., : self.ahead, :] = self.before.transpose(2, 3)[:, :, None]
         mask = torch.full((num_rows, block.num_kv_heads, 1, self.num_columns), -torch.inf, dtype=self.dtype)
         for row, prompt in enumerate(prompts):
-            mask[row, ..., : len(prompt)] = 0
+            mask[row, ..., : self.ahead + len(prompt)] = 0
         self.mask = mask.to(self.device)
         # Of the last token that was read; `advance` moves them on to the next.
         self.column = torch.tensor([width - 1], device=self.device)
-        self.positions = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+        self.positions = torch.tensor([self.ahead + len(prompt) - 1 for prompt in prompts], device=self.device)
         self.tokens = torch.zeros_like(self.positions)
         self.live = torch.arange(num_rows, device=self.device)
 
@@ -140,7 +150,7 @@ class Decoding:
         """Read the prompts of `rows` end to end into the cache; (rows, V) logits of their last positions."""
         ids = [token for row in rows for token in prompts[row]]
         owners = torch.tensor([row for row in rows for _ in prompts[row]], device=self.device)
-        positions = torch.tensor([i for row in rows for i in range(len(prompts[row]))], device=self.device)
+        positions = self.ahead + torch.tensor([i for row in rows for i in range(len(prompts[row]))], device=self.device)
         stops = [*accumulate(len(prompts[row]) for row in rows)]
         segments = tuple(Segment(start, stop) for start, stop in zip([0, *stops], stops, strict=False))
         last = torch.tensor(stops, device=self.device) - 1
@@ -153,9 +163,45 @@ class Decoding:
             ranges = None
             if layer is self.layers[-1]:
                 x, ranges = x[last], tuple((stop - 1, stop) for stop in stops)
-            attended = segment_attention(query, key, value, plan_parts(segments, ranges), layer.block.scaling)
-            x = layer.write(x, attended)
+            x = layer.write(x, self._attend_prompts(i, (query, key, value), segments, ranges))
         return self._project(x)
+
+    def _attend_prompts(
+        self,
+        layer: int,
+        heads: tuple[Tensor, Tensor, Tensor],
+        segments: tuple[Segment, ...],
+        ranges: tuple[tuple[int, int], ...] | None,
+    ) -> Tensor:
+        """(Q, H·K) of queries, keys and values (T, ·, K) of prompts end to end, the virtual ones before each."""
+        ranges = ranges or tuple((segment.start, segment.stop) for segment in segments)
+        if self.before is not None:
+            # The virtual rows lie once before all prompts; their queries are asked for by nobody.
+            query, key, value = heads
+            keys, values = self.before[layer]
+            nobody = query.new_zeros(self.ahead, *query.shape[1:])
+            heads = torch.cat((nobody, query)), torch.cat((keys, key)), torch.cat((values, value))
+            segments = tuple(Segment(s.start + self.ahead, s.stop + self.ahead, 0, self.ahead) for s in segments)
+            ranges = tuple((start + self.ahead, stop + self.ahead) for start, stop in ranges)
+        return segment_attention(*heads, plan_parts(segments, ranges), self.layers[layer].block.scaling)
+
+    def _keys_values(self, virtual: VirtualTokens) -> Tensor:
+        """(L, 2, V, H_kv, K) of the virtual tokens: given, or computed from their embeddings, which see themselves
+        alone and so the same before every prompt.
+        """
+        if virtual.embeddings is None:
+            assert virtual.keys_values is not None
+            return virtual.keys_values.to(self.dtype)
+        x = virtual.embeddings.to(self.decoder.tokens.dtype)
+        positions = torch.arange(len(x), device=self.device)
+        x = self._placed(x.clone(), positions)
+        rotary, found = _at(self.table, positions), []
+        parts = plan_parts((Segment(0, len(x)),))
+        for layer in self.layers:
+            query, key, value = layer.read(x, rotary)
+            found.append(torch.stack((key, value)))
+            x = layer.write(x, segment_attention(query, key, value, parts, layer.block.scaling))
+        return torch.stack(found)
 
     def _step(self, num_columns: int) -> Tensor:
         """(B, V) logits after one token a row; attention over the first `num_columns` of the cache.
@@ -191,7 +237,10 @@ class Decoding:
 
     def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
         """(T, D)"""
-        x = F.embedding(ids, self.decoder.tokens)
+        return self._placed(F.embedding(ids, self.decoder.tokens), positions)
+
+    def _placed(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x` with learned positions added in place."""
         learned = self.decoder.positions
         return x if learned is None else x.add_(F.embedding(positions, learned))
 
@@ -200,24 +249,36 @@ class Decoding:
 
 
 class _Product:
-    """A projection in the precision of the products; its weights are the model's own where they have it already."""
+    """A projection in the precision of the products; its weights are the model's own where they have it already.
+
+    A packed weight stays packed and is dequantised at every call. DoRA's factors are computed once: nothing learns.
+    """
 
     def __init__(self, projection: Projection, dtype: torch.dtype) -> None:
         low = projection.adapter
-        self.weight = matrix(projection, dtype).T
-        self.bias = None if projection.bias is None else projection.bias.to(dtype)
+        self.projection, self.dtype = projection, dtype
+        self.kept_weight = None if is_packed(projection.weight) else matrix(projection, dtype).T
+        self.bias = summed_bias(projection, dtype)
         self.low = None if low is None else (low.down.to(dtype), low.up.T.to(dtype), low.scaling)
+        self.ratio: Tensor | None = None
+        if low is not None and low.magnitude is not None:
+            self.ratio = (low.magnitude / row_lengths(projection)).to(dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(T, in) → (T, out), which may lie column by column."""
-        if _weights_first(x) and self.weight.is_contiguous():
-            out = linear(self.weight, x).T
-            out = out if self.bias is None else out.add_(self.bias)
+        weight = matrix(self.projection, self.dtype).T if self.kept_weight is None else self.kept_weight
+        bias = self.bias if self.ratio is None else None
+        if _weights_first(x) and weight.is_contiguous():
+            out = linear(weight, x).T
+            out = out if bias is None else out.add_(bias)
         else:
-            out = linear(x, self.weight, self.bias)
+            out = linear(x, weight, bias)
         if self.low is not None:
             down, up, scaling = self.low
             out.addmm_(linear(x, down), up, alpha=scaling)
+        if self.ratio is not None:
+            out.mul_(self.ratio)
+            out = out if self.bias is None else out.add_(self.bias)
         return out
 
 

@@ -16,10 +16,20 @@ from tunelab.models.fused.architecture import Activation, Norm
 def normalise(x: Tensor, norm: Norm) -> Tensor:
     """LayerNorm or RMSNorm of (T, D), in x's precision (statistics in float32)."""
     if not norm.root_mean_square:
-        return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+        weight, bias = _in_dtype(norm, x.dtype)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
     if x.dtype != torch.float32:
         return norm.weight * (x.float() * _inverse_root_mean_square(x.float(), norm.eps)).to(x.dtype)
     return (x * _inverse_root_mean_square(x, norm.eps)).mul_(norm.weight)
+
+
+def _in_dtype(norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in the precision of what they are multiplied with."""
+    return norm.weight.to(dtype), None if norm.bias is None else norm.bias.to(dtype)
+
+
+def _narrowed(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    return None if grad is None or parameter is None else grad.to(parameter.dtype)
 
 
 def _inverse_root_mean_square(x: Tensor, eps: float) -> Tensor:
@@ -33,12 +43,13 @@ def normalise_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight, bias, where wanted. `grad` may be overwritten."""
     if not norm.root_mean_square:
-        _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+        scale, bias = _in_dtype(norm, x.dtype)
+        _, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], scale, bias, norm.eps)
         biased = wanted[2] and norm.bias is not None
-        found: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.native_layer_norm_backward(
-            grad.to(x.dtype), x, x.shape[-1:], mean, rstd, norm.weight, norm.bias, [wanted[0], wanted[1], biased]
+        grad_x, grad_scale, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad.to(x.dtype), x, x.shape[-1:], mean, rstd, scale, bias, [wanted[0], wanted[1], biased]
         )
-        return found
+        return grad_x, _narrowed(grad_scale, norm.weight), _narrowed(grad_bias, norm.bias)
     # y = w·x̂, x̂ = x/rms: ∂x = (w·g − x̂·mean(w·g·x̂))/rms
     weight, wide, grad = norm.weight.float(), x.float(), grad.float()
     inverse = _inverse_root_mean_square(wide, norm.eps)
