@@ -70,6 +70,7 @@ def test_states_of_absent_devices_are_left_out() -> None:
         ("float32", torch.float32, None),
         ("bf16", torch.float32, torch.bfloat16),
         ("bf16-pure", torch.bfloat16, None),
+        ("bf16-stored", torch.bfloat16, None),
     ],
 )
 def test_precision_on_cpu(name: str, weights: torch.dtype, compute: torch.dtype | None) -> None:

@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = ("cpu", "cuda", "mps")
-PRECISIONS = ("float32", "bf16", "bf16-pure", "fp16")
+PRECISIONS = ("float32", "bf16", "bf16-pure", "bf16-stored", "fp16")
 
 
 @dataclass(frozen=True)
 class Precision:
     """In which dtype weights are held, and in which matrix products are computed.
 
-    `compute_dtype` is autocast's, None without autocast; `device_type` is the device it was resolved for.
+    `compute_dtype` is autocast's, None without autocast; `product_dtype` is that of the products, whoever casts: under
+    `bf16-stored` the fused blocks cast a weight when they multiply. `device_type` is the device it was resolved for.
     `needs_scaler`: gradients of fp16 products underflow unless the loss is scaled (Micikevicius et al. 2018, §3.2).
     """
 
@@ -36,6 +37,7 @@ class Precision:
     device_type: str
     weights_dtype: torch.dtype
     compute_dtype: torch.dtype | None
+    product_dtype: torch.dtype
     needs_scaler: bool
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -90,12 +92,13 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
             f"model.precision: fp16 on {kind} has no fast matrix products and needs a CUDA gradient scaler; "
             "use float32 or bf16"
         )
-    if name.startswith("bf16") and not has_bf16:
+    if name in ("bf16", "bf16-pure") and not has_bf16:
         card = torch.cuda.get_device_name(device)
         raise MachineError(f"model.precision: {card} only emulates bf16, slowly; use fp16 or float32")
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
-    weights = torch.bfloat16 if name == "bf16-pure" else torch.float32
-    return Precision(name, kind, weights, compute, needs_scaler=name == "fp16")
+    weights = torch.bfloat16 if name in ("bf16-pure", "bf16-stored") else torch.float32
+    products = torch.float32 if name == "bf16-stored" else compute or weights
+    return Precision(name, kind, weights, compute, products, needs_scaler=name == "fp16")
 
 
 def set_threads(num_threads: int | None) -> int:

@@ -98,6 +98,10 @@ def build_sampler(
     to choose from.
     """
     inside = [block for block in (_trainable(layer) for layer in layers) if block]
+    if not inside:
+        raise ConfigError(
+            f"optimizer.name: {config.name} trains layers in turn, and none of them is trainable here; use adamw"
+        )
     if isinstance(config, LISAConfig):
         if config.lisa_activated_layers > len(inside):
             raise ConfigError(
@@ -110,8 +114,6 @@ def build_sampler(
     embeddings, rest = _outside(model, taken)
     blocks = [*([embeddings] if config.include_embedding else []), *inside, *([rest] if config.include_lm_head else [])]
     blocks = [block for block in blocks if block]
-    if not blocks:
-        raise ConfigError("optimizer.name: badam trains layers in turn, and none of them is trainable here; use adamw")
     frozen = ([] if config.include_embedding else embeddings) + ([] if config.include_lm_head else rest)
     for parameter in frozen:
         parameter.requires_grad_(False)

@@ -28,6 +28,7 @@ from torch import Tensor
 from tunelab.errors import MachineError
 from tunelab.manifest import CorruptCheckpoint, checkpoint_name, list_checkpoints, verify_checkpoint, write_manifest
 from tunelab.models.saving import save_model
+from tunelab.optim.saving import pack_state, unpack_state
 from tunelab.parallel import capture_rng, restore_rng
 from tunelab.training.state import TrainState
 
@@ -146,30 +147,15 @@ def prune_checkpoints(folder: Path, keep: int, newest: Path, protected: Path | N
 
 
 def _save_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    packed = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for number, entries in packed["state"].items():
-        for name, value in entries.items():
-            target = tensors if isinstance(value, Tensor) else scalars
-            target[f"{number}.{name}"] = value.contiguous() if isinstance(value, Tensor) else value
+    tensors, described = pack_state(optimizer)
     save_file(tensors, folder / "optimizer.safetensors")
-    (folder / "optimizer.json").write_text(json.dumps({"groups": packed["param_groups"], "scalars": scalars}))
+    (folder / "optimizer.json").write_text(json.dumps(described))
 
 
 def _load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """The hyperparameters are the recipe's (changed ones were accepted as drift); only the state is restored."""
     described = json.loads((folder / "optimizer.json").read_text())
-    entries = {**load_file(folder / "optimizer.safetensors"), **described["scalars"]}
-    packed: dict[int, dict[str, Any]] = {}
-    for key, value in entries.items():
-        number, name = key.split(".", 1)
-        packed.setdefault(int(number), {})[name] = value
-    # The hyperparameters are the recipe's (changed ones were accepted as drift); only the state is restored.
-    groups = [
-        {**current, "params": saved["params"]}
-        for current, saved in zip(optimizer.state_dict()["param_groups"], described["groups"], strict=True)
-    ]
-    optimizer.load_state_dict({"state": packed, "param_groups": groups})
+    unpack_state(optimizer, load_file(folder / "optimizer.safetensors"), described)
 
 
 def _fsync(path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +20,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from tunelab.cache import cache_folder
-from tunelab.data import Dataset, pack_batches
+from tunelab.data import Dataset, pack
 from tunelab.models.adapters import adapter_disabled
 from tunelab.models.engine import sequence_logprobs
 from tunelab.models.loaded import LoadedModel
-from tunelab.models.saving import weights_fingerprint
+from tunelab.models.portions import OnHalved, in_portions
+from tunelab.models.saving import adapter_fingerprint, weights_fingerprint
 from tunelab.parallel import device_name
 from tunelab.progress import Progress
 from tunelab.training.loop import StopRequested
 from tunelab.training.signals import StopSignal
-from tunelab.types import Batch
 
 BATCH_SIZE = 8
 
@@ -38,21 +39,32 @@ def reference_logprobs(
     wanted: Sequence[tuple[Dataset, np.ndarray]],
     progress: Progress,
     stop: StopSignal,
+    on_halved: OnHalved = lambda size: None,
+    with_adapter: bool = False,
 ) -> list[np.ndarray]:
     """Summed log-probabilities of (chosen, rejected) under `loaded`, for each (data set, record indices) wanted.
 
     An adapter is switched off: what lies below it is the reference, and neither the values nor the cache depend on it.
+    `with_adapter`: not that of a reference which is a model of its own.
     Returns one (P, 2) float32 array a data set, NaN in the rows of records that were not asked for: a NaN that is used
-    after all stops the run at its guard. Read from `$TUNELAB_CACHE/reference` where present. Raises StopRequested if a
-    stop was asked for midway.
+    after all stops the run at its guard. Read from `$TUNELAB_CACHE/reference` where present. A batch that does not fit
+    in memory is halved, as are those after it, and `on_halved` told. Raises StopRequested if a stop was asked for.
     """
     weights = weights_fingerprint(loaded.model) + loaded.model.config.to_json_string()
-    with adapter_disabled(loaded):
-        return [_one(loaded, weights, dataset, indices, progress, stop) for dataset, indices in wanted]
+    if with_adapter:
+        weights += adapter_fingerprint(loaded)
+    with nullcontext() if with_adapter else adapter_disabled(loaded):
+        return [_one(loaded, weights, dataset, indices, progress, stop, on_halved) for dataset, indices in wanted]
 
 
 def _one(
-    loaded: LoadedModel, weights: str, dataset: Dataset, indices: np.ndarray, progress: Progress, stop: StopSignal
+    loaded: LoadedModel,
+    weights: str,
+    dataset: Dataset,
+    indices: np.ndarray,
+    progress: Progress,
+    stop: StopSignal,
+    on_halved: OnHalved,
 ) -> np.ndarray:
     ids = [int(index) for index in indices]
     parts = (
@@ -76,15 +88,17 @@ def _one(
     task = "reference"
     progress.start(task, len(ids))
 
-    def on_batch(batch: Batch) -> None:
-        progress.advance(task, len(batch.record_ids))
+    def score(part: list[int]) -> np.ndarray:
+        return sequence_logprobs(loaded, [pack([dataset.examples[index] for index in part], part)])[0]
+
+    sums = []
+    for found in in_portions(ids, BATCH_SIZE, score, what="the reference's pass", on_halved=on_halved):
+        sums.append(found)
+        progress.advance(task, len(found) // 2)
         if stop():
             raise StopRequested
-
-    batches = pack_batches(dataset.examples, ids, BATCH_SIZE)
-    sums, _ = sequence_logprobs(loaded, batches, on_batch)
     progress.finish(task)
-    values = sums.reshape(-1, 2).astype(np.float32)
+    values = np.concatenate(sums).reshape(-1, 2).astype(np.float32)
     every[ids] = values
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")

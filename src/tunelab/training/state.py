@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tunelab.models.loaded import LoadedModel
+from tunelab.optim.updates import Updates
 
 
 @dataclass
@@ -55,6 +56,14 @@ class EvaluationState:
 
 
 @dataclass
+class Portions:
+    """What the memory turned out to have room for, once it was too small; None: as much as the recipe asks for."""
+
+    tokens_per_micro_batch: int | None = None
+    records_per_evaluation_batch: int | None = None
+
+
+@dataclass
 class TrainState:
     """Model, optimizer, scaler, counters. The loader's position is `counters.step` (its order is a pure function);
     random generators are read and written by the checkpoint itself.
@@ -65,7 +74,13 @@ class TrainState:
     scaler: torch.amp.GradScaler | None
     counters: Counters = field(default_factory=Counters)
     evaluation: EvaluationState = field(default_factory=EvaluationState)
+    portions: Portions = field(default_factory=Portions)
     stop_early: bool = False
+    updates: Updates = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.updates is None:
+            self.updates = Updates(self.optimizer)
 
     @property
     def step(self) -> int:
@@ -76,6 +91,7 @@ class TrainState:
         return {
             "counters": asdict(self.counters),
             "evaluation": asdict(self.evaluation),
+            "portions": asdict(self.portions),
             "stop_early": self.stop_early,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
         }
@@ -83,6 +99,7 @@ class TrainState:
     def load_numbers(self, numbers: dict[str, Any]) -> None:
         self.counters = Counters(**numbers["counters"])
         self.evaluation = EvaluationState(**numbers["evaluation"])
+        self.portions = Portions(**numbers.get("portions", {}))  # older checkpoints have none
         self.stop_early = numbers["stop_early"]
         if self.scaler is not None and numbers["scaler"] is not None:
             self.scaler.load_state_dict(numbers["scaler"])

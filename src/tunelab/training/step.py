@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tunelab.errors import DivergedError
+from tunelab.errors import DivergedError, is_out_of_memory
 from tunelab.models.engine import compute_logprobs
+from tunelab.models.portions import release_memory
 from tunelab.objectives import Objective
+from tunelab.optim import to_training
+from tunelab.parallel import capture_rng, restore_rng
 from tunelab.training.state import TrainState
 from tunelab.types import Batch, Metrics
 
@@ -31,6 +34,16 @@ class MicroBatch:
     reference: Tensor | None = None
 
 
+class MicroBatchDidNotFit(Exception):  # noqa: N818  (a request for smaller ones, not an error)
+    """The memory was too small for micro-batch `number` (from 0) of a step. The step has left nothing behind: weights,
+    optimizer and random generators are as they were before it, and no gradient is held.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def train_step(
     state: TrainState,
     objective: Objective,
@@ -43,24 +56,21 @@ def train_step(
 
     Raises DivergedError, before any weight changes, if the loss or a gradient is not finite. With an fp16 scaler an
     overflowing step is skipped and the scale lowered, as usual, until the scale itself says the run has diverged.
-    """
-    loaded, optimizer, scaler = state.loaded, state.optimizer, state.scaler
-    loaded.model.train()
-    moved = [MicroBatch(m.batch.to(loaded.device), _to(m.reference, loaded.device)) for m in micro_batches]
-    weight = torch.stack([objective.weight(m.batch) for m in moved]).sum()
-    totals: dict[str, Tensor] = {}
-    for micro in moved:
-        logprobs = compute_logprobs(loaded, micro.batch, summed=objective.sums_logprobs)
-        loss_sum, sums = objective.loss_sum(logprobs, micro.batch, micro.reference)
-        loss = loss_sum / weight
-        (scaler.scale(loss) if scaler is not None else loss).backward()
-        for name, value in {"train/loss": loss_sum.detach(), **sums}.items():
-            totals[name] = totals[name] + value if name in totals else value
+    Raises MicroBatchDidNotFit where the same records in smaller micro-batches give the same step.
 
+    With gradient release (`state.updates`) the weights move during the backward pass: there can be only one, nothing
+    is clipped, and where a gradient is not finite those behind it in the backward pass have moved already.
+    """
+    loaded, updates, scaler = state.loaded, state.updates, state.scaler
+    if updates.releases and (len(micro_batches) != 1 or max_grad_norm is not None or scaler is not None):
+        raise ValueError("gradient release takes one micro-batch a step, without clipping and without a scaler")
+    loaded.model.train()
+    to_training(state.optimizer)
+    updates.begin(state.step, learning_rate)
+    totals, weight = _gradients(state, objective, micro_batches)
     if scaler is not None:
-        scaler.unscale_(optimizer)
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        scaler.unscale_(state.optimizer)
+    grad_norm = updates.grad_norm()
 
     # One reading of the device for everything a person sees, and for the guard.
     names = [*totals, "grad_norm"]
@@ -69,21 +79,61 @@ def train_step(
     _guard(state, metrics)
     # As the norm is known here, gradients within the limit are not read and written again to be scaled by one.
     if max_grad_norm is not None and metrics["grad_norm"] > max_grad_norm:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+        with_gradients = [parameter for parameter in updates.parameters() if parameter.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(with_gradients, max_grad_norm, grad_norm)
 
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    if scaler is not None:
-        scaler.step(optimizer)  # skips the update itself when unscale_ found an overflow
-        scaler.update()
-        metrics["loss_scale"] = float(scaler.get_scale())
-        if not _finite(metrics["grad_norm"]):
-            del metrics["grad_norm"]  # JSON has no infinity, and a skipped step has no norm worth drawing
-            metrics["overflow"] = 1.0
-    else:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if scaler is None:
+        updates.finish()
+        return metrics
+    scaler.step(state.optimizer)  # skips the update itself when unscale_ found an overflow
+    scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    metrics["loss_scale"] = float(scaler.get_scale())
+    if not _finite(metrics["grad_norm"]):
+        del metrics["grad_norm"]  # JSON has no infinity, and a skipped step has no norm worth drawing
+        metrics["overflow"] = 1.0
     return metrics
+
+
+def _gradients(
+    state: TrainState, objective: Objective, micro_batches: Sequence[MicroBatch]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Leave the step's gradients in the parameters, or release them; returns loss and metrics summed over the step, and
+    its weight.
+
+    Raises MicroBatchDidNotFit: until here no weight has moved, so that what was added up can be thrown away. (With
+    gradient release weights may have, and there is one micro-batch only: the library's own error then.)
+    """
+    device, rng, number = state.loaded.device, capture_rng(), 0
+    totals: dict[str, Tensor] = {}
+    try:
+        moved = [MicroBatch(m.batch.to(device), _to(m.reference, device)) for m in micro_batches]
+        weight = torch.stack([objective.weight(m.batch) for m in moved]).sum()
+        for micro in moved:
+            for name, value in _add_gradient(state, objective, micro, weight).items():
+                totals[name] = totals[name] + value if name in totals else value
+            number += 1
+        return totals, weight
+    except Exception as error:
+        if not is_out_of_memory(error) or state.updates.releases:
+            raise
+    # Only here, the error gone, are the frames gone that held the activations.
+    state.optimizer.zero_grad(set_to_none=True)
+    restore_rng(rng)
+    release_memory()
+    raise MicroBatchDidNotFit(number)
+
+
+def _add_gradient(state: TrainState, objective: Objective, micro: MicroBatch, weight: Tensor) -> dict[str, Tensor]:
+    """Forward and backward pass of one micro-batch of a step of `weight`; its loss and metrics, summed."""
+    logprobs = compute_logprobs(state.loaded, micro.batch, summed=objective.sums_logprobs)
+    loss_sum, sums = objective.loss_sum(logprobs, micro.batch, micro.reference)
+    loss = loss_sum / weight
+    if state.updates.releases and not _finite(loss.item()):
+        raise _diverged(state, f"the loss is not finite (loss {loss.item()}); nothing was updated")
+    with state.updates.during_backward():
+        (state.scaler.scale(loss) if state.scaler is not None else loss).backward()
+    return {"train/loss": loss_sum.detach(), **sums}
 
 
 def _guard(state: TrainState, metrics: Metrics) -> None:
@@ -92,12 +142,23 @@ def _guard(state: TrainState, metrics: Metrics) -> None:
     bad = "loss" if not _finite(loss) else "gradient norm" if not _finite(grad_norm) else None
     if bad is None:
         return
-    scaler = state.scaler
+    scaler, release = state.scaler, state.updates.release
     if bad == "gradient norm" and scaler is not None and scaler.get_scale() > MIN_LOSS_SCALE:
         return
-    raise DivergedError(
-        f"step {state.step + 1}: the {bad} is not finite (loss {loss}, gradient norm {grad_norm}); nothing was "
-        "updated. Lower optimizer.learning_rate, add optimizer.schedule.warmup_ratio, or set training.max_grad_norm"
+    if release is not None and release.refused is not None:
+        names = {id(parameter): name for name, parameter in state.loaded.named_parameters()}
+        raise _diverged(
+            state,
+            f"the gradient of {names[id(release.refused)]} is not finite (loss {loss}); {release.moved} tensors had "
+            "been updated before it came, this one and those after it were not, and nothing is saved",
+        )
+    raise _diverged(state, f"the {bad} is not finite (loss {loss}, gradient norm {grad_norm}); nothing was updated")
+
+
+def _diverged(state: TrainState, what: str) -> DivergedError:
+    return DivergedError(
+        f"step {state.step + 1}: {what}. Lower optimizer.learning_rate, add optimizer.schedule.warmup_ratio, or set "
+        "training.max_grad_norm"
     )
 
 
