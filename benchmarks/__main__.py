@@ -1,4 +1,4 @@
-"""`python -m benchmarks sft|lora|dpo|generate|startup|all|tables`: argument parsing, and the order of things."""
+"""`python -m benchmarks frontier|sft|lora|dpo|generate|startup|all|tables`: arguments, and the order of things."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from typing import Any, get_args
 
 import torch
 
+from benchmarks.adapters import count_adapter_processes, measure_adapters
+from benchmarks.forecast import main as run_forecasts
+from benchmarks.frontier.__main__ import main as run_frontier
 from benchmarks.gains import count_gain_processes, measure_gains
 from benchmarks.generation import count_generation_processes, measure_generation
 from benchmarks.jobs import Work
+from benchmarks.methods import main as run_methods
 from benchmarks.peers import ONE_OF_THE_BEST, WANTED
 from benchmarks.provenance import provenance
 from benchmarks.report import (
@@ -44,11 +48,18 @@ TABLE: tuple[tuple[str, ModelName | None, Mix | None], ...] = (
 )
 """What `all` measures: the published table first."""
 
-WORKS = ("sft", "lora", "dpo", "generate", "startup", "gains")
+WORKS = ("sft", "lora", "dpo", "generate", "startup", "gains", "adapters")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parse(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["frontier"]:
+        return run_frontier(given[1:])
+    if given[:1] == ["forecast"]:
+        return run_forecasts(given[1:])
+    if given[:1] == ["methods"]:
+        return run_methods(given[1:])
+    options = _parse(given)
     results_folder: Path = options.output
     if options.work == "tables":
         _write_tables(results_folder)
@@ -141,6 +152,8 @@ def _items(options: argparse.Namespace) -> list[tuple[str, ModelName | None, Mix
 def _count(work: str, mix: Mix | None, settings: Settings, of: Work) -> int:
     if work == "gains":
         return count_gain_processes(of, settings)
+    if work == "adapters":
+        return count_adapter_processes(settings)
     if work == "startup":
         return 0
     if work == "generate":
@@ -157,6 +170,8 @@ def _measure(
     if work == "generate":
         return measure_generation(model, runner, settings)
     assert mix is not None
+    if work == "adapters":
+        return measure_adapters(model, mix, runner, settings)
     if work == "gains":
         return measure_gains(of, model, mix, runner, settings)
     return measure_training(_training_work(work), model, mix, runner, settings)

@@ -15,7 +15,16 @@ ENGINE_PAGE = ROOT / "docs" / "engine.md"
 GAINS_START, GAINS_END = "<!-- gains:start -->", "<!-- gains:end -->"
 START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
 
-WORKS = {"sft": "SFT", "lora": "LoRA SFT, r = 8", "dpo": "DPO", "generate": "generation", "startup": "start"}
+WORKS = {
+    "sft": "SFT",
+    "lora": "LoRA SFT, r = 8",
+    "dpo": "DPO",
+    "generate": "generation",
+    "startup": "start",
+    "adapters": "adapters against stock peft in the same engine",
+}
+ELSEWHERE = ("adapters",)
+"""Work that is not of the README's table."""
 MODELS = {"gpt2": "GPT-2 124M", "smollm2": "SmolLM2-135M"}
 MIXES = {"short": "short dialogue", "long": "long prompts", "equal": "no padding"}
 
@@ -35,8 +44,9 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> Path:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """In the order of the tables: by device, work, model, mix."""
-    results = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    """In the order of the tables: by device, work, model, mix. Files of benchmarks with pages of their own are left."""
+    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    results = [result for result in found if result.get("work") in WORKS]
     order = [*WORKS], [*MODELS, None], [*MIXES, None]
     return sorted(
         results,
@@ -78,7 +88,8 @@ def _share(figure: Mapping[str, Any]) -> str:
     return f"{figure['median']:.0%}"
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Markdown."""
     head = list(header)
     lines = [head, ["---"] * len(head), *map(list, rows)]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -110,6 +121,8 @@ def _section(result: Mapping[str, Any]) -> str:
         return heading + gains_table(result)
     if result["work"] == "startup":
         return heading + startup_table(result)
+    if result["work"] == "adapters":
+        return heading + adapters_table(result)
     if result["work"] == "generate":
         return heading + generation_table(result)
     return heading + _training_tables(result)
@@ -137,7 +150,7 @@ def _training_tables(result: Mapping[str, Any]) -> str:
                 ]
             )
     header = ["side", unit, "real tokens/s", "s a step", f"s to {result['steps']} steps", "peak MiB", "of ceiling"]
-    return text + _table(header, rows) + "\n" + _ratio_table(result) + _shared_machine(result)
+    return text + table(header, rows) + "\n" + _ratio_table(result) + _shared_machine(result)
 
 
 SHARED_BELOW = 0.85
@@ -185,7 +198,7 @@ def _ratio_table(result: Mapping[str, Any]) -> str:
         "memory",
         "losses differ by",
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def generation_table(result: Mapping[str, Any]) -> str:
@@ -199,7 +212,7 @@ def generation_table(result: Mapping[str, Any]) -> str:
             )
         rows[-1][3] = _times(entry["ratios"]["tokens_per_second"])
         rows[-1][4] = f"{entry['same_tokens']:.1%}"
-    return _table(["side", "new tokens/s", "peak MiB", "tunelab's speed", "same tokens"], rows)
+    return table(["side", "new tokens/s", "peak MiB", "tunelab's speed", "same tokens"], rows)
 
 
 def gains_table(result: Mapping[str, Any]) -> str:
@@ -216,13 +229,40 @@ def gains_table(result: Mapping[str, Any]) -> str:
     ]
     header = ["switched off", "instead", "time of a step", "peak memory", "losses differ by"]
     text = f"{result['batch_size']} examples a step, {result['steps']} steps, {result['repeats']} rounds; with all: "
-    return text + f"{_plain(result['step_seconds'], digits=2)} s a step.\n\n" + _table(header, rows)
+    return text + f"{_plain(result['step_seconds'], digits=2)} s a step.\n\n" + table(header, rows)
+
+
+_SIDES = {"ours": "tunelab", "blocks alone": "tunelab, torch's own products", "peft": "peft's modules"}
+
+
+def adapters_table(result: Mapping[str, Any]) -> str:
+    """Every side of every adapter, against peft's modules in the same round."""
+    rows = []
+    for row in result["rows"]:
+        for side, name in _SIDES.items():
+            figures = row["sides"][side]
+            speed = _times(figures["speed"]) if figures["agree"] else "another loss: does not count"
+            rows.append(
+                [
+                    row["adapter"],
+                    name,
+                    _plain(figures["step_seconds"], digits=2),
+                    _plain(figures["tokens_per_second"], digits=0),
+                    _plain(figures["peak_memory_bytes"], 2**-20, 0),
+                    "" if side == "peft" else speed,
+                    "" if side == "peft" else _times(figures["memory"]),
+                    "" if side == "peft" else f"{figures['losses_differ_by']:.0e}",
+                ]
+            )
+    header = ["adapter", "side", "s a step", "real tokens/s", "peak MiB", "speed", "memory", "losses differ by"]
+    text = f"{result['batch_size']} examples a step, {result['steps']} steps, {result['repeats']} rounds, "
+    return f"{text}{result['precision']}.\n\n{table(header, rows)}"
 
 
 def startup_table(result: Mapping[str, Any]) -> str:
     """Seconds of each start."""
     rows = [[entry["says"], _plain(entry["seconds"], digits=2), f"≤ {entry['target']:g}"] for entry in result["starts"]]
-    return _table(["start", "seconds", "target"], rows)
+    return table(["start", "seconds", "target"], rows)
 
 
 # --- the project's README -------------------------------------------------------------------------------------------
@@ -232,15 +272,15 @@ def readme_block(results: list[dict[str, Any]]) -> str:
     """The short table: one line a piece of work."""
     rows = []
     for result in results:
-        if result["work"] == "startup" or result.get("kind") == "gains":
+        if result["work"] in ("startup", *ELSEWHERE) or result.get("kind") == "gains":
             continue
         entries = {entry["arm"]: entry for entry in result["comparisons"]}
         rows.append([title(result), *_short_cells(result, entries)])
     header = ["work", "speed against TRL's defaults", "against its best flags", "memory against defaults"]
-    table = _table([*header, "share of the matmul ceiling"], rows)
+    written = table([*header, "share of the matmul ceiling"], rows)
     starts = [entry for result in results if result["work"] == "startup" for entry in result["starts"]]
     said = "".join(f"\n{entry['says']}: {entry['seconds']['median']:.2f} s." for entry in starts)
-    return table + said + ("\n" if said else "")
+    return written + said + ("\n" if said else "")
 
 
 def _short_cells(result: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -260,17 +300,18 @@ def _counted(entry: Mapping[str, Any], speed: str) -> str:
 
 def update_readme(readme: Path, results: list[dict[str, Any]]) -> None:
     """Replace the README's table. Raises ValueError where the file has not both markers."""
-    _replace_between(readme, START, END, readme_block(results))
+    replace_between(readme, START, END, readme_block(results))
 
 
 def update_engine_page(page: Path, results: list[dict[str, Any]]) -> None:
     """Replace the tables of what each gain brings. Raises ValueError where the file has not both markers."""
     gains = [result for result in results if result.get("kind") == "gains"]
     text = "\n".join(f"{title(result).capitalize()}. {gains_table(result)}" for result in gains)
-    _replace_between(page, GAINS_START, GAINS_END, text or "Not measured yet.\n")
+    replace_between(page, GAINS_START, GAINS_END, text or "Not measured yet.\n")
 
 
-def _replace_between(path: Path, start: str, end: str, new: str) -> None:
+def replace_between(path: Path, start: str, end: str, new: str) -> None:
+    """Put `new` between two markers of a page. Raises ValueError where it has not both."""
     text = path.read_text()
     if start not in text or end not in text:
         raise ValueError(f"{path}: no {start} … {end} to write the table between")

@@ -58,11 +58,13 @@ def _train(job: Job) -> dict[str, Any]:
     clock = Clock()
     loaded = load_model(ModelConfig(name=job.model, device=job.device, precision=job.precision))
     if job.work == "lora":
-        attach_adapter(loaded, LoRAConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear"), seed=0)
+        adapter = job.options.get("adapter", {"r": LORA_RANK, "lora_alpha": LORA_ALPHA})
+        attach_adapter(loaded, LoRAConfig(target_modules="all-linear", **adapter), seed=0)
         seed_adapter(loaded.model.named_parameters())
     longest = max(len(e.prompt_ids) + len(c.ids) for e in examples for c in e.completions)
     without = job.options.get("without")
-    choose_layout(loaded, "padded" if without == "packed rows" else "auto", longest)
+    layout: Literal["padded", "auto"] = "padded" if without == "packed rows" else "auto"
+    choose_layout(loaded, layout, longest, job.options.get("kernels", "auto"))
     _switch_off(loaded, without)
     method = DPOConfig(beta=DPO_BETA) if job.work == "dpo" else SFTConfig()
     objective = build_objective(method)
@@ -92,6 +94,7 @@ def _train(job: Job) -> dict[str, Any]:
         "seconds_to_n": clock.total,
         "layout": f"{loaded.layout}: {loaded.layout_reason}",
         "shortcuts": asdict(loaded.shortcuts),
+        "blocks": loaded.blocks_reason,
         "trainable_parameters": sum(p.numel() for p in loaded.model.parameters() if p.requires_grad),
     }
 
