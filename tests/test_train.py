@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunelab.config import parse_recipe
 from tunelab.errors import EXIT_DIVERGED, ConfigError, DataError, DivergedError, MachineError
-from tunelab.forecast import forecast
+from tunelab.planner import plan_recipe
 from tunelab.progress import SilentProgress
 from tunelab.runs import RunFolder
 from tunelab.train import train
@@ -481,18 +481,26 @@ def test_the_forecast_is_what_the_run_then_does(run: Make, tmp_path: Path, metho
         "training__per_device_train_batch_size": 3,
         "training__gradient_accumulation_steps": 2,
     }
-    expected = forecast(parse_recipe(recipe_data(tmp_path, **settings)), SilentProgress())
+    expected = plan_recipe(parse_recipe(recipe_data(tmp_path, **settings)), SilentProgress(), strict=True)
     assert no_run_was_made(tmp_path), "a forecast leaves nothing behind"
     made = run(**settings)
     cost = made.record()["cost"]
-    for key in ("steps", "tokens", "loss_tokens", "flops"):
-        assert cost[key] == expected[key], key
-    assert cost["samples"] == expected["records"]
+    for key in ("steps", "tokens", "loss_tokens"):
+        assert cost[key] == expected["counts"][key], key
+    for key in ("flops", "floor_flops"):
+        assert cost[key] == expected["compute"][key], key
+    assert cost["samples"] == expected["counts"]["records"]
     assert made.record()["model"]["parameters"] == expected["model"]["parameters"]
     assert made.record()["data"] == expected["data"]
     assert made.record()["fingerprint"] == expected["fingerprint"]
     on_disk = sum(path.stat().st_size for path in made.checkpoints.rglob("*") if path.is_file())
-    assert on_disk <= expected["disk_bytes"] * 1.25, "tokenizer and JSON aside"
+    assert on_disk <= expected["disk"]["total_bytes"] * 1.25, "tokenizer and JSON aside"
+    beside = made.record()["forecast_and_measured"]
+    assert set(beside) == {"peak_memory_bytes", "tokens", "flops", "floor_flops", "seconds", "checkpoint_bytes"}
+    for key in ("tokens", "flops", "floor_flops"):
+        assert beside[key] == {"forecast": cost[key], "measured": cost[key]}, key
+    assert beside["peak_memory_bytes"]["measured"] == cost["peak_memory_bytes"]
+    assert beside["checkpoint_bytes"]["forecast"] == pytest.approx(cost["checkpoint_bytes"], rel=0.25)
 
 
 def check_same_curves(first: RunFolder, second: RunFolder, tolerance: float) -> None:

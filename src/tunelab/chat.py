@@ -78,7 +78,9 @@ def open_session(name: str, runs_dir: str, *, system: str | None, device: str, *
     except ConfigError:
         pass  # a model's name, then; load_model says what is wrong with it
     else:
-        model |= {"name": str(run.path), "trust_remote_code": run.recipe().model.trust_remote_code}
+        trained = run.recipe().model.model_dump()
+        kept = ("trust_remote_code", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+        model |= {"name": str(run.path), **{key: trained[key] for key in kept}}
         render = run.record()["data"]["train"]["session_render"]
     # Only the model section is used; validating a whole recipe gives its errors their key paths.
     config = parse_recipe({"model": model, "data": {"train": "-"}, "method": {"name": "sft"}}, source="chat").model

@@ -42,6 +42,10 @@ class MachineError(TunelabError):
     exit_code = EXIT_ENVIRONMENT
 
 
+class OutOfMemory(MachineError):  # noqa: N818  (torch's own class has the longer name)
+    """The memory is too small for one record alone, or for something that cannot be made smaller."""
+
+
 class DivergedError(TunelabError):
     """A loss or gradient stopped being finite."""
 
@@ -57,6 +61,23 @@ class Interrupted(TunelabError):  # noqa: N818  (an ending, not a mistake)
     def __init__(self, message: str, exit_code: int = EXIT_INTERRUPTED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: ",  # torch on a CPU: "can't allocate memory", elsewhere "not enough memory"
+    "MPS backend out of memory",
+    "CUDA error: out of memory",  # kernels of other libraries (bitsandbytes)
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "std::bad_alloc",
+)
+"""What a RuntimeError says for want of memory, by library. torch's allocator on CUDA has a class of its own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a library gave up for want of memory. Its classes are told by name: torch may not be loaded."""
+    if isinstance(error, MemoryError) or any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

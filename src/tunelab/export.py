@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tunelab.errors import ConfigError, did_you_mean
 from tunelab.manifest import ADAPTER_CONFIG, TRAINING_STATE, list_checkpoints, verify_checkpoint
@@ -15,26 +17,50 @@ from tunelab.runs import RunFolder
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: the checkpoint it came from, the files, and their bytes together."""
+    """What was written: the checkpoint it came from, the files, and their bytes together.
+
+    `warning`: what a person has to know of a merge into a quantised base, else None.
+    """
 
     checkpoint: str
     folder: Path
     files: tuple[str, ...]
     num_bytes: int
+    warning: str | None = None
+
+
+Base = Literal["dequantised", "original"]
+"""Which weights of a base that was quantised for training an adapter is merged into."""
+
+_WARNINGS: dict[Base, str] = {
+    "dequantised": "the adapter was trained beside 4-bit weights and is merged into what those stand for: the model "
+    "computes what was trained and evaluated. The original weights are nearer to the base model, and the adapter has "
+    "never seen them: --base original",
+    "original": "the adapter was trained beside 4-bit weights and is merged into the original ones, which differ by "
+    "the rounding to 4 bits that it learnt with: evaluate this model anew. What was trained, exactly: "
+    "--base dequantised",
+}
 
 
 def export_model(
-    run: RunFolder, folder: Path, checkpoint: str | None = None, force: bool = False, merge: bool = False
+    run: RunFolder,
+    folder: Path,
+    checkpoint: str | None = None,
+    force: bool = False,
+    merge: bool = False,
+    base: Base | None = None,
 ) -> Exported:
     """Copy a checkpoint's model, tokenizer and chat template into `folder`, verified against its manifest first.
 
     Of a run with an adapter that is the adapter alone. `merge` writes a plain model instead, the adapter added to its
-    base's weights in float32 (in bf16 small changes of large weights would be rounded away).
+    base's weights in float32 (in bf16 small changes of large weights would be rounded away). If those were quantised
+    for training, `base` says whether it is added to what they stand for (the default) or to the original ones; the two
+    differ by the rounding to 4 bits, and a warning says which was taken.
 
     `checkpoint`: best, last, or a step; default: the best where eval data chose one, else the last. Every file appears
     whole or not at all. `force` writes into a folder that holds files and replaces those of the same names; others
-    stay. Raises ConfigError for a checkpoint that does not exist or a folder that is not empty, TunelabError for a
-    checkpoint that is damaged.
+    stay. Raises ConfigError for a checkpoint that does not exist, a folder that is not empty, or an adapter that cannot
+    be merged; TunelabError for a checkpoint that is damaged.
     """
     source = find_checkpoint(run, checkpoint)
     verify_checkpoint(source)
@@ -44,24 +70,51 @@ def export_model(
         raise ConfigError(f"{folder}: is not empty; name a new folder, or write into it with --force")
     if merge and not (source / ADAPTER_CONFIG).is_file():
         raise ConfigError(f"{source}: has no adapter to merge, it is a whole model; leave --merge out")
+    if merge:
+        _check_mergeable(source)
+    quantised = merge and run.recipe().model.load_in_4bit
+    if base is not None and not quantised:
+        raise ConfigError("--base: is for --merge of a run with model.load_in_4bit; leave it out")
+    chosen = base or "dequantised"
     folder.mkdir(parents=True, exist_ok=True)
     if merge:
         with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as merged:
-            _write_merged(run, source, Path(merged))
+            _write_merged(run, source, Path(merged), dequantised=quantised and chosen == "dequantised")
             names = _place(Path(merged), folder)
     else:
         names = _place(source, folder)
-    return Exported(source.name, folder, tuple(names), sum((folder / name).stat().st_size for name in names))
+    num_bytes = sum((folder / name).stat().st_size for name in names)
+    return Exported(source.name, folder, tuple(names), num_bytes, _WARNINGS[chosen] if quantised else None)
 
 
-def _write_merged(run: RunFolder, checkpoint: Path, folder: Path) -> None:
+def _write_merged(run: RunFolder, checkpoint: Path, folder: Path, dequantised: bool) -> None:
+    import torch
+
     from tunelab.config import ModelConfig
+    from tunelab.models.adapters import merge_adapter
     from tunelab.models.loading import load_model
     from tunelab.models.saving import save_model
 
-    trusted = run.recipe().model.trust_remote_code
-    config = ModelConfig(name=str(checkpoint), device="cpu", precision="float32", trust_remote_code=trusted)
-    save_model(load_model(config), folder)
+    trained = run.recipe().model
+    if not dequantised:
+        trusted = trained.trust_remote_code
+        config = ModelConfig(name=str(checkpoint), device="cpu", precision="float32", trust_remote_code=trusted)
+        save_model(load_model(config), folder)
+        return
+    # bf16 weights give other 4-bit codes than float32 ones: the same as in training.
+    precision = "bf16-pure" if trained.precision in ("bf16-pure", "bf16-stored") else "float32"
+    config = trained.at(str(checkpoint)).model_copy(update={"device": "cpu", "precision": precision})
+    loaded = load_model(config)
+    merge_adapter(loaded, dtype=torch.float32)
+    save_model(loaded, folder)
+
+
+def _check_mergeable(checkpoint: Path) -> None:
+    described = json.loads((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if "num_virtual_tokens" in described:
+        raise ConfigError(
+            f"{checkpoint}: virtual tokens cannot become weights; leave --merge out and use the adapter on its base"
+        )
 
 
 def _place(source: Path, folder: Path) -> list[str]:

@@ -17,7 +17,15 @@ MANIFEST = "manifest.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 """peft's file names: in the checkpoints of a run with an adapter, in the place of config.json and model.safetensors."""
 
-TRAINING_STATE = frozenset(("optimizer.safetensors", "optimizer.json", "rng.safetensors", "state.json", MANIFEST))
+PROMPT_ENCODER = "prompt_encoder.safetensors"
+"""Parameters that virtual tokens are computed from: peft's file has only the tokens."""
+
+PISSA = "pissa.json"
+"""What PiSSA's adapter was before it was written as a LoRA of twice the rank."""
+
+TRAINING_STATE = frozenset(
+    ("optimizer.safetensors", "optimizer.json", "rng.safetensors", "state.json", PROMPT_ENCODER, PISSA, MANIFEST)
+)
 """Files of a checkpoint that only a resumed run reads; the others are a plain model folder."""
 
 

@@ -9,7 +9,8 @@
     runs/NAME/best            → the checkpoint with the lowest eval loss
 
 run.json keys: schema_version, name, method, status (created, running, completed, interrupted, failed, diverged),
-created, finished, fingerprint, versions, machine, model, data, cost, result, best, error, resumes.
+created, finished, fingerprint, versions, machine, model, data, forecast, cost, forecast_and_measured, result, best,
+error, resumes, micro_batch_changes (only where memory fell short).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,19 +18,21 @@ import torch
 from tunelab import cost
 from tunelab.config import Recipe
 from tunelab.data import Dataset, GenerationPrompt, Loader, fixed_sample, pack, split_by_tokens, stop_strings
+from tunelab.errors import ConfigError, OutOfMemory, is_out_of_memory
 from tunelab.evaluation.heldout import evaluate_objective
 from tunelab.manifest import checkpoint_name
 from tunelab.models.generation import GenerationSettings, generate
+from tunelab.models.portions import fit
 from tunelab.objectives import Objective
-from tunelab.optim import Schedule
+from tunelab.optim import Schedule, to_evaluation
 from tunelab.parallel import peak_memory_bytes, resolve_device
 from tunelab.progress import Progress
-from tunelab.runs import RunFolder
+from tunelab.runs import RunFolder, now
 from tunelab.training.checkpoint import point_best, prune_checkpoints, save_checkpoint
 from tunelab.training.loop import Hook, StopRequested, run_loop
 from tunelab.training.signals import StopSignal
 from tunelab.training.state import TrainState
-from tunelab.training.step import MicroBatch, train_step
+from tunelab.training.step import MicroBatch, MicroBatchDidNotFit, train_step
 from tunelab.training.trackers import Tracker
 from tunelab.types import Metrics
 
@@ -77,18 +79,42 @@ class Plan:
     loader: Loader
     schedule: Schedule
 
-    def micro_batches(self, step: int) -> list[np.ndarray]:
+    def micro_batches(self, step: int, most_tokens: int | None = None) -> list[np.ndarray]:
         """Records of each micro-batch of optimizer step `step`: at most per_device_train_batch_size of them, and split
-        again where they have more tokens than fit.
+        again where they have more tokens than fit. `most_tokens`: what the memory turned out to have room for. With
+        gradient release a step is one micro-batch, whatever its tokens (`check_release`).
         """
         training, lengths = self.recipe.training, self.data.train.num_tokens
+        if training.gradient_release:
+            return self.loader.micro_batches(step, training.per_device_train_batch_size)
         device = resolve_device(self.recipe.model.device).type
         budget = training.max_tokens_per_micro_batch or MICRO_BATCH_TOKENS[device]
+        budget = min(budget, most_tokens or budget)
         return [
             part
             for indices in self.loader.micro_batches(step, training.per_device_train_batch_size)
             for part in split_by_tokens(indices, lengths[indices], budget)
         ]
+
+
+def check_release(plan: Plan) -> None:
+    """Raise ConfigError if gradient release is asked for and some step is larger than the micro-batch it must fit in.
+
+    The device's own budget does not count: it is a default for speed, and what is asked for is one micro-batch a step.
+    """
+    training, lengths = plan.recipe.training, plan.data.train.num_tokens
+    budget = training.max_tokens_per_micro_batch
+    if not training.gradient_release or budget is None:
+        return
+    tokens = [int(lengths[plan.loader.indices(step)].sum()) for step in range(plan.loader.num_steps)]
+    largest = max(tokens)
+    if largest > budget:
+        step = tokens.index(largest)
+        raise ConfigError(
+            f"training.max_tokens_per_micro_batch: step {step + 1} has {len(plan.loader.indices(step))} records with "
+            f"{largest} tokens, and gradient_release takes a step in one micro-batch; set it to {largest} or more, "
+            "training.per_device_train_batch_size lower, or training.gradient_release: false"
+        )
 
 
 @dataclass
@@ -138,17 +164,7 @@ def _step(session: Session, learning_rate: float) -> None:
     """One optimizer step: its micro-batches packed, trained on, counted and logged."""
     began = time.perf_counter()
     recipe, state, counters = session.plan.recipe, session.state, session.state.counters
-    micro_batches = [
-        build_micro_batch(session.plan.data.train, indices, session.reference.get("train"))
-        for indices in session.plan.micro_batches(state.step)
-    ]
-    metrics = train_step(
-        state,
-        session.objective,
-        micro_batches,
-        learning_rate=learning_rate,
-        max_grad_norm=recipe.training.max_grad_norm,
-    )
+    micro_batches, metrics = _train_on_what_fits(session, learning_rate)
     counters.step += 1
     tokens = 0
     for micro in micro_batches:
@@ -182,6 +198,71 @@ def _step(session: Session, learning_rate: float) -> None:
     )
 
 
+def _train_on_what_fits(session: Session, learning_rate: float) -> tuple[list[MicroBatch], Metrics]:
+    """The step on its records, in micro-batches that the memory has room for, and its metrics.
+
+    Where one does not fit, it is halved and the whole step taken again; later steps keep to its size. The division by
+    the step's whole weight makes that the same step. Raises OutOfMemory where halving cannot help.
+    """
+    plan, state = session.plan, session.state
+    while True:
+        parts = plan.micro_batches(state.step, state.portions.tokens_per_micro_batch)
+        micro_batches = [build_micro_batch(plan.data.train, part, session.reference.get("train")) for part in parts]
+        try:
+            metrics = train_step(
+                state,
+                session.objective,
+                micro_batches,
+                learning_rate=learning_rate,
+                max_grad_norm=plan.recipe.training.max_grad_norm,
+            )
+            return micro_batches, metrics
+        except MicroBatchDidNotFit as error:
+            failed = parts[error.number]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"step {state.step + 1}: out of memory while weights were being updated, and part of them may have "
+                "moved, so the step cannot be taken again in smaller portions; checkpoints are as they were"
+            ) from error
+        _halve_micro_batches(session, failed)
+
+
+def _halve_micro_batches(session: Session, failed: np.ndarray) -> None:
+    """From here on no micro-batch has more than half the tokens of the one of `failed` records (single ones apart)."""
+    plan, state = session.plan, session.state
+    tokens = int(plan.data.train.num_tokens[failed].sum())
+    if len(failed) == 1:
+        origin = plan.data.train.examples[int(failed[0])].origin
+        told = (
+            f"step {state.step + 1}: out of memory with a single record in the micro-batch ({origin}, {tokens} tokens)"
+        )
+        if state.step:
+            _save(session)  # nothing has moved since the last step
+            told += f"; saved after step {state.step}"
+        raise OutOfMemory(told)
+    state.portions.tokens_per_micro_batch = limit = tokens // 2
+    session.progress.note(
+        f"step {state.step + 1}: out of memory with {len(failed)} records ({tokens:,} tokens) in a micro-batch; from "
+        f"here on at most {limit:,} tokens (training.max_tokens_per_micro_batch={limit}), the same records a step"
+    )
+    record_smaller_portion(
+        session.run,
+        phase="training",
+        step=state.step + 1,
+        records=len(failed),
+        tokens=tokens,
+        max_tokens_per_micro_batch=limit,
+    )
+
+
+def record_smaller_portion(run: RunFolder, **change: Any) -> None:
+    """Add to `micro_batch_changes` of run.json what did not fit in memory, and what is done instead."""
+    changes = run.record().get("micro_batch_changes", [])
+    run.update(micro_batch_changes=[*changes, {"time": now(), **change}])
+
+
 def build_micro_batch(dataset: Dataset, indices: np.ndarray, reference: np.ndarray | None) -> MicroBatch:
     batch = pack([dataset.examples[i] for i in indices], indices.tolist())
     return MicroBatch(batch, None if reference is None else torch.from_numpy(reference[indices]))
@@ -193,6 +274,7 @@ def _evaluate(session: Session) -> None:
     if evaluation.last_step == state.step:
         return  # done before the checkpoint this session resumed from
     with session.meter.pause(), _timed(state, "evaluation"):
+        to_evaluation(state.optimizer)
         metrics = _measure(session)
         answers = _answers(session)
         _log(session, "eval", metrics)
@@ -213,8 +295,13 @@ def _evaluate(session: Session) -> None:
 
 
 def _measure(session: Session) -> Metrics:
-    config, seed = session.plan.recipe.evaluation, session.plan.recipe.training.seed
+    config, seed, portions = session.plan.recipe.evaluation, session.plan.recipe.training.seed, session.state.portions
     metrics: Metrics = {}
+
+    def on_halved(size: int) -> None:
+        portions.records_per_evaluation_batch = size
+        _note_smaller_evaluation(session, size, "the same numbers")
+
     for prefix, name, dataset in (
         ("eval", "eval", session.plan.data.eval),
         ("eval_train", "train", session.plan.data.train),
@@ -236,8 +323,9 @@ def _measure(session: Session) -> Metrics:
             dataset,
             indices,
             session.reference.get(name),
-            batch_size=config.per_device_eval_batch_size,
+            batch_size=portions.records_per_evaluation_batch or config.per_device_eval_batch_size,
             on_records=on_records,
+            on_halved=on_halved,
         )
         session.progress.finish(task)
         metrics |= {f"{prefix}/{metric}": value for metric, value in measured.items()}
@@ -254,7 +342,19 @@ def _answers(session: Session) -> list[str]:
         stop=stop_strings(session.plan.data.train.summary.session_render),
         seed=session.plan.recipe.training.seed,
     )
-    return [answer.text for answer in generate(session.state.loaded, [p.ids for p in session.prompts], settings)]
+    prompts = [prompt.ids for prompt in session.prompts]
+    answers = fit(
+        min(len(prompts), settings.batch_size),
+        lambda size: generate(session.state.loaded, prompts, replace(settings, batch_size=size)),
+        "generation",
+        lambda size: _note_smaller_evaluation(session, size, "the same answers"),
+    )
+    return [answer.text for answer in answers]
+
+
+def _note_smaller_evaluation(session: Session, size: int, same: str) -> None:
+    session.progress.note(f"step {session.state.step}: out of memory in evaluation; {size} at a time, {same}")
+    record_smaller_portion(session.run, phase="evaluation", step=session.state.step, records_per_batch=size)
 
 
 def _log(session: Session, phase: str, metrics: Metrics) -> None:
@@ -274,6 +374,7 @@ def _save(session: Session) -> None:
     run, state = session.run, session.state
     best = state.evaluation.best_step
     with session.meter.pause(), _timed(state, "checkpoint"):
+        to_evaluation(state.optimizer)
         path = save_checkpoint(run.checkpoints, state, run.record()["fingerprints"])
         best_path = run.checkpoints / checkpoint_name(best) if best is not None else None
         if best_path is not None and best_path.exists():

@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,31 @@ import numpy as np
 import torch
 
 from tunelab import cost
-from tunelab.config import DPOConfig, Recipe
+from tunelab.config import DPOConfig, Recipe, parse_recipe
+from tunelab.config.optimizers import BAdamConfig, LISAConfig
 from tunelab.data import Dataset, GenerationPrompt, Loader, Settings, fixed_sample, generation_prompts, load_dataset
-from tunelab.errors import ConfigError, DivergedError, Interrupted
+from tunelab.errors import ConfigError, DivergedError, Interrupted, OutOfMemory, is_out_of_memory
+from tunelab.forecast import Target, detect_target, run_forecast
+from tunelab.forecast.measured import beside_measured
 from tunelab.manifest import list_checkpoints
-from tunelab.models.adapters import adapt_skeleton, attach_adapter
+from tunelab.models.adapters import adapt_skeleton, attach_adapter, learning_rate_scales
+from tunelab.models.adapters.partial import find_blocks
 from tunelab.models.checkpointing import enable_checkpointing
-from tunelab.models.engine import choose_layout
+from tunelab.models.engine import check_checkpointing, choose_layout
 from tunelab.models.loaded import LoadedModel
-from tunelab.models.loading import load_context_length, load_model, load_skeleton, load_tokenizer
+from tunelab.models.loading import check_foldable, load_context_length, load_model, load_skeleton, load_tokenizer
+from tunelab.models.quantised import check_bitsandbytes
 from tunelab.objectives import Objective, build_objective
-from tunelab.optim import build_optimizer, build_schedule
+from tunelab.optim import (
+    LayerSampler,
+    ParameterRoles,
+    Updates,
+    build_optimizer,
+    build_sampler,
+    build_schedule,
+    check_optimizer,
+    optimizer_note,
+)
 from tunelab.parallel import (
     deterministic,
     device_name,
@@ -38,9 +52,9 @@ from tunelab.parallel import (
     seed_everything,
     set_threads,
 )
-from tunelab.progress import Progress
+from tunelab.progress import Progress, format_bytes
 from tunelab.runs import RunFolder, environment_record, now
-from tunelab.session import Plan, Session, TrainingData, run_session
+from tunelab.session import Plan, Session, TrainingData, check_release, record_smaller_portion, run_session
 from tunelab.training.checkpoint import (
     latest_valid_checkpoint,
     restore_checkpoint,
@@ -68,8 +82,9 @@ def train(
         set_threads(recipe.training.num_threads)
         keep_freed_memory()
         drift = [] if resume is None else check_drift(resume, plan, allow_drift, progress)
+        target = detect_target(recipe.model.device)  # here: what a run imports is imported, and nothing else is loaded
         run = resume or RunFolder.create(recipe)
-        with run.locked(), _recorded(run, stop):
+        with run.locked(), _recorded(run, stop), _advised(run, plan, target):
             run.write_recipe(recipe)
             run.update(
                 status="running",
@@ -78,6 +93,7 @@ def train(
                 fingerprint=recipe.fingerprint(),
                 fingerprints=_fingerprints(plan),
             )
+            run.update(forecast=run_forecast(plan, target))
             session = _prepare(run, plan, progress, stop, drift if resume is not None else None)
             ready = time.perf_counter() - began
             session.state.counters.add_seconds("reference", session.reference_seconds)
@@ -98,7 +114,11 @@ def train(
 def plan_run(recipe: Recipe, progress: Progress) -> Plan:
     """Check a recipe against machine, model and data, and say what a run of it will do. No weights are read."""
     check_recipe(recipe)
-    data = load_data(recipe, load_tokenizer(recipe.model), progress)
+    return plan_for(recipe, load_data(recipe, load_tokenizer(recipe.model), progress))
+
+
+def plan_for(recipe: Recipe, data: TrainingData) -> Plan:
+    """What a run of a checked recipe does on its data."""
     training = recipe.training
     loader = Loader(
         num_records=len(data.train),
@@ -108,7 +128,9 @@ def plan_run(recipe: Recipe, progress: Progress) -> Plan:
         seed=training.seed,
         shuffle=recipe.data.shuffle,
     )
-    return Plan(recipe, data, loader, build_schedule(recipe.optimizer.schedule, loader.num_steps))
+    plan = Plan(recipe, data, loader, build_schedule(recipe.optimizer.schedule, loader.num_steps))
+    check_release(plan)
+    return plan
 
 
 def load_data(recipe: Recipe, tokenizer: Any, progress: Progress) -> TrainingData:
@@ -138,26 +160,47 @@ def load_data(recipe: Recipe, tokenizer: Any, progress: Progress) -> TrainingDat
 
 def check_recipe(recipe: Recipe) -> None:
     """What can be refused before data or weights are read. Raises ConfigError or MachineError."""
-    resolve_precision(recipe.model.precision, resolve_device(recipe.model.device))
+    precision = resolve_precision(recipe.model.precision, resolve_device(recipe.model.device))
+    if precision.needs_scaler and recipe.training.gradient_release:
+        raise ConfigError(
+            "training.gradient_release: fp16 scales its gradients, and finds an overflow only once all are there; set "
+            "model.precision to bf16 or float32"
+        )
     check_trackers(recipe.tracking.trackers)
     if recipe.evaluation.early_stopping_patience is not None and recipe.data.eval is None:
         raise ConfigError("evaluation.early_stopping_patience: needs eval data; set data.eval")
+    if recipe.model.load_in_4bit and (recipe.adapter is None or recipe.adapter.name == "partial"):
+        raise ConfigError(
+            "model.load_in_4bit: 4-bit weights cannot learn, adapters beside them can; add adapter: {name: lora}"
+        )
+    if recipe.model.load_in_4bit:
+        check_bitsandbytes()
+    check_foldable(recipe.model)
+    skeleton = None
     if recipe.adapter is not None:
-        adapt_skeleton(load_skeleton(recipe.model), recipe.adapter)  # refuses targets that name no layer
+        skeleton = load_skeleton(recipe.model)
+        adapt_skeleton(skeleton, recipe.adapter)  # refuses targets that name no layer
+    check_optimizer(recipe.optimizer, skeleton)
+    if isinstance(recipe.optimizer, LISAConfig | BAdamConfig):
+        _build_sampler(recipe, skeleton or load_skeleton(recipe.model), num_steps=1)  # refuses what has no layers
     models = [recipe.model]
     if isinstance(recipe.method, DPOConfig) and recipe.method.reference is not None:
         models.append(recipe.model.at(recipe.method.reference))
     for model in models:
         context = load_context_length(model)
+        own = f"{context} positions of {model.name}"
+        if context is not None and model is recipe.model and recipe.num_virtual_tokens:
+            context -= recipe.num_virtual_tokens
+            own += f" less the adapter's {recipe.num_virtual_tokens} virtual tokens"
         if context is not None and recipe.data.max_length > context:
             raise ConfigError(
-                f"data.max_length: {recipe.data.max_length} is more than the {context} positions of {model.name}; "
-                f"set it to {context} or less"
+                f"data.max_length: {recipe.data.max_length} is more than the {own}; "
+                + (f"set it to {context} or less" if context > 1 else "set adapter.num_virtual_tokens lower")
             )
         if context is not None and recipe.evaluation.generation_prompts and recipe.evaluation.max_new_tokens >= context:
             raise ConfigError(
                 f"evaluation.max_new_tokens: {recipe.evaluation.max_new_tokens} leave no room for a prompt in the "
-                f"{context} positions of {model.name}; set it lower, or evaluation.generation_prompts to 0"
+                f"{own}; set it lower, or evaluation.generation_prompts to 0"
             )
 
 
@@ -178,15 +221,33 @@ def _prepare(run: RunFolder, plan: Plan, progress: Progress, stop: StopSignal, d
             run.rewind(-1, -1)
 
     objective = build_objective(recipe.method)
-    reference, reference_seconds, loaded = _reference_and_model(plan, objective, checkpoint, progress, stop)
+    reference, reference_seconds, loaded = _reference_and_model(run, plan, objective, checkpoint, progress, stop)
     _check_same_reference(run, reference)
-    ceiling = cost.matmul_ceiling(loaded.device, loaded.precision.compute_dtype or loaded.precision.weights_dtype)
+    ceiling = cost.matmul_ceiling(loaded.device, loaded.precision.product_dtype)
     reset_peak_memory(loaded.device)
+    loaded.neftune_noise_alpha = recipe.training.neftune_noise_alpha
     if recipe.training.gradient_checkpointing:
+        check_checkpointing(loaded)
         enable_checkpointing(loaded.model)
-    optimizer = build_optimizer(loaded.model.named_parameters(), recipe.optimizer, loaded.device.type)
+    sampler = _build_sampler(recipe, loaded.model, plan.loader.num_steps)
+    optimizer = build_optimizer(
+        loaded.named_parameters(),
+        recipe.optimizer,
+        loaded.device.type,
+        roles=ParameterRoles.of(loaded.model),
+        seed=recipe.training.seed,
+        learning_rate_scales=learning_rate_scales(loaded.model, recipe.adapter),
+    )
+    if note := optimizer_note(recipe.optimizer):
+        progress.note(note)
     scaler = torch.amp.GradScaler(loaded.device.type) if loaded.precision.needs_scaler else None
-    state = TrainState(loaded, optimizer, scaler)
+    updates = Updates(
+        optimizer,
+        releases=recipe.training.gradient_release,
+        rounding_seed=None if recipe.training.stochastic_rounding is False else recipe.training.seed,
+        sampler=sampler,
+    )
+    state = TrainState(loaded, optimizer, scaler, updates=updates)
     if checkpoint is not None:
         restore_checkpoint(checkpoint, state)
         run.rewind(state.step, state.evaluation.last_step)
@@ -205,7 +266,7 @@ def _prepare(run: RunFolder, plan: Plan, progress: Progress, stop: StopSignal, d
         reference_seconds=reference_seconds,
         prompts=_generation_prompts(plan, loaded, progress),
         trackers=build_trackers(recipe.tracking.trackers, recipe.tracking.project, run.path, recipe.resolved()),
-        shape=cost.ModelShape.of(loaded.model),
+        shape=_shape(loaded),
         matmul_ceiling=ceiling,
         meter=cost.ThroughputMeter(),
         progress=progress,
@@ -213,8 +274,22 @@ def _prepare(run: RunFolder, plan: Plan, progress: Progress, stop: StopSignal, d
     )
 
 
+def _build_sampler(recipe: Recipe, model: Any, num_steps: int) -> LayerSampler | None:
+    """Of LISA and BAdam; None where all that can train always does. `model` may be a skeleton."""
+    if not isinstance(recipe.optimizer, LISAConfig | BAdamConfig):
+        return None
+    try:
+        _, layers = find_blocks(model)
+    except ConfigError:
+        raise ConfigError(
+            f"optimizer.name: {recipe.optimizer.name} trains layers in turn, and {type(model).__name__} has no list of "
+            "them; use adamw"
+        ) from None
+    return build_sampler(recipe.optimizer, model, list(layers), num_steps=num_steps, seed=recipe.training.seed)
+
+
 def _reference_and_model(
-    plan: Plan, objective: Objective, checkpoint: Path | None, progress: Progress, stop: StopSignal
+    run: RunFolder, plan: Plan, objective: Objective, checkpoint: Path | None, progress: Progress, stop: StopSignal
 ) -> tuple[dict[str, np.ndarray], float, LoadedModel]:
     """Reference log-probabilities by data set name, the seconds they took, and the model to train.
 
@@ -228,16 +303,21 @@ def _reference_and_model(
         if place is not None:
             loaded = _settle(load_model(recipe.model.at(place)), plan, progress)
             _check_same_tokens(recipe, loaded)
-        elif recipe.adapter is not None:  # the adapter switched off
-            loaded = _load_trained(plan, checkpoint, progress)
-        else:
-            loaded = _settle(load_model(recipe.model), plan, progress)
+        else:  # the trained model with its adapter switched off, else the one it starts as
+            loaded = _load_trained(plan, checkpoint if recipe.reference_is_below else None, progress)
         began = time.perf_counter()
         wanted = _records_needing_a_reference(plan)
-        found = reference_logprobs(loaded, list(wanted.values()), progress, stop)
+        found = reference_logprobs(
+            loaded,
+            list(wanted.values()),
+            progress,
+            stop,
+            lambda size: record_smaller_portion(run, phase="reference", step=0, records_per_batch=size),
+            with_adapter=place is not None,
+        )
         reference = dict(zip(wanted, found, strict=True))
         seconds = time.perf_counter() - began
-        if place is not None or (checkpoint is not None and recipe.adapter is None):
+        if place is not None or (checkpoint is not None and not recipe.reference_is_below):
             loaded = None
     if loaded is None:
         loaded = _load_trained(plan, checkpoint, progress)
@@ -277,11 +357,18 @@ def _load_trained(plan: Plan, checkpoint: Path | None, progress: Progress) -> Lo
     """The model to train, as it starts or as `checkpoint` left it, with the recipe's adapter."""
     recipe = plan.recipe
     if checkpoint is not None:
-        return _settle(load_model(recipe.model.at(str(checkpoint)), adapters="keep"), plan, progress)
-    loaded = load_model(recipe.model)
-    if recipe.adapter is not None:
+        loaded = load_model(recipe.model.at(str(checkpoint)), adapters="keep")
+    else:
+        loaded = load_model(recipe.model, adapters="fold")
+    if recipe.adapter is not None and loaded.adapter is None:  # of partial tuning, a checkpoint is a whole model
         attach_adapter(loaded, recipe.adapter, recipe.training.seed)
     return _settle(loaded, plan, progress)
+
+
+def _shape(loaded: LoadedModel) -> cost.ModelShape:
+    """Of the model; what virtual tokens are computed from learns, so that a gradient passes every block."""
+    shape = cost.ModelShape.of(loaded.model)
+    return shape if loaded.prompt_encoder is None else replace(shape, embeddings_trained=True)
 
 
 def _settle(loaded: LoadedModel, plan: Plan, progress: Progress) -> LoadedModel:
@@ -401,6 +488,41 @@ def _recorded(run: RunFolder, stop: StopSignal) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _advised(run: RunFolder, plan: Plan, target: Target) -> Iterator[None]:
+    """Want of memory that smaller portions could not answer ends the run with what could, as far as is forecast."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
+            raise
+        told = str(error) if isinstance(error, OutOfMemory) else "out of memory"
+        raise OutOfMemory(
+            f"{told}. {advice(plan, target)}; `tunelab plan {run.path / 'config.yaml'}` says what fits"
+        ) from error
+
+
+def advice(plan: Plan, target: Target) -> str:
+    """The nearest changes that need less memory, with their forecast peaks; of shorter sequences only the data tell."""
+    recipe = plan.recipe
+    before = run_forecast(plan, target)["memory"]["peak_bytes"]
+    changes = []
+    if recipe.adapter is None:
+        changes.append("adapter.name=lora")
+    elif recipe.adapter.name == "lora" and not recipe.model.load_in_4bit:
+        changes.append("model.load_in_4bit=true")
+    if not recipe.training.gradient_checkpointing:
+        changes.insert(0, "training.gradient_checkpointing=true")
+    told = []
+    for change in changes:
+        data = {name: section for name, section in recipe.resolved().items() if section is not None}
+        peak = run_forecast(replace(plan, recipe=parse_recipe(data, [change])), target)["memory"]["peak_bytes"]
+        if peak < before:
+            told.append(f"{change} ({format_bytes(peak)}), ")
+    shorter = f"data.max_length={max(2, recipe.data.max_length // 2)}"
+    return f"The forecast was {format_bytes(before)}; try {''.join(told)}or {shorter}".replace("try or", "try")
+
+
 def _record_cost(session: Session) -> None:
     """What was paid and what was reached, also of a run that did not finish."""
     counters, evaluation = session.state.counters, session.state.evaluation
@@ -411,8 +533,11 @@ def _record_cost(session: Session) -> None:
     cost_record["tokens_per_second"] = counters.tokens / max(training, 1e-9)
     cost_record["matmul_ceiling_flops_per_second"] = session.matmul_ceiling
     cost_record["utilisation"] = counters.floor_flops / training / session.matmul_ceiling if training else None
+    saved = list_checkpoints(session.run.checkpoints)
+    cost_record["checkpoint_bytes"] = sum(file.stat().st_size for file in saved[-1].iterdir()) if saved else None
     session.run.update(
         cost=cost_record,
+        forecast_and_measured=beside_measured(session.run.record()["forecast"], cost_record),
         result={key: value for key, value in rows[-1].items() if "/" in key} if rows else {},
         best={"step": evaluation.best_step, "eval/loss": evaluation.best_loss} if evaluation.best_step else None,
     )

@@ -32,8 +32,8 @@ class TestTraining:
 
     def test_dry_run_trains_nothing(self, tunelab, tmp_path: Path) -> None:
         ended = tunelab("dpo", DPO, *SMALL, f"training.output_dir={tmp_path}", "--dry-run", "--json", "--quiet")
-        assert ended.json["steps"] == 2
-        assert ended.json["records"] == 16
+        assert ended.json["counts"]["steps"] == 2
+        assert ended.json["counts"]["records"] == 16
         assert ended.err == ""
         assert list(tmp_path.iterdir()) == []
         plain = tunelab("dpo", DPO, *SMALL, "--dry-run")
@@ -165,7 +165,8 @@ class TestRuns:
     def test_list(self, tunelab, runs_dir: Path) -> None:
         ended = tunelab("runs", "--runs-dir", runs_dir)
         header, *rows = ended.out.splitlines()
-        assert header.split()[:4] == ["name", "method", "model", "status"]
+        assert header.split()[:5] == ["name", "method", "model", "trained", "status"]
+        assert [row.split()[3] for row in rows] == ["all", "all"]
         assert [row.split()[0] for row in rows] == ["sft", "dpo"]
         assert tunelab("runs", "list", "--runs-dir", runs_dir).out == ended.out
 
@@ -189,6 +190,10 @@ class TestRuns:
         assert "status   completed\n" in ended.out
         assert "\nmodel:\n" in ended.out  # the resolved recipe
         assert "continue" not in ended.out
+        header = next(line for line in ended.out.splitlines() if line.strip().startswith("forecast"))
+        assert header.split() == ["forecast", "measured", "forecast", "off", "by"]
+        assert re.search(r"^Tokens trained on +([\d,]+) +\1 +0\.0%$", ended.out, re.MULTILINE)
+        assert re.search(r"^model +\S+, [\d,]+ parameters$", ended.out, re.MULTILINE)
         found = tunelab("runs", "show", runs_dir / "dpo", "--json").json
         assert found["recipe"]["method"]["beta"] == 0.1
         assert found["record"]["status"] == "completed"
@@ -210,6 +215,7 @@ class TestRuns:
         assert cells["status"] == ["completed", "completed"]
         assert cells["method.beta"] == ["null", "0.1"]
         assert cells["steps"] == ["2", "2"]
+        assert cells["parameters"] == cells["trainable_parameters"] == ["198,400", "198,400"]
         assert "model.precision" not in cells  # equal in both
         assert tunelab("runs", "compare", "sft", "dpo", "--runs-dir", runs_dir, "--json").json["runs"] == ["sft", "dpo"]
 

@@ -31,8 +31,8 @@ class SafetensorError(Exception):
         (Interrupted("stopped (saved); continue with: x", 75), 75, "stopped (saved); continue with: x"),
         (Interrupted("stopped"), 130, "stopped"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (MemoryError(), 4, "error: out of memory; set a smaller training.per_device_train_batch_size (with more"),
-        (OutOfMemoryError("CUDA out of memory. Tried to allocate"), 4, "error: out of memory; set a smaller"),
+        (MemoryError(), 4, "error: out of memory; `tunelab plan RECIPE` forecasts what fits"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate"), 4, "error: out of memory; `tunelab plan"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you"), 4, "error: out of memory;"),
         (OSError(errno.ENOSPC, "No space left on device", "runs/a"), 4, "error: runs/a: no space left on the disk;"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 4, "error: no space left on the disk; free some"),
@@ -82,7 +82,10 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 USAGE = [
     ("stf", "error: no such command 'tunelab stf' (did you mean 'sft'?)"),
-    ("zebra", "error: no such command 'tunelab zebra'; known: quickstart, sft, dpo, inspect, evaluate, chat, export"),
+    (
+        "zebra",
+        "error: no such command 'tunelab zebra'; known: quickstart, sft, dpo, plan, inspect, evaluate, chat, export",
+    ),
     ("runs comapre", "error: no such command 'tunelab runs comapre' (did you mean 'compare'?)"),
     ("--jsn", "error: no such option --jsn; see tunelab --help"),
     ("sft --jsn", "error: no such option --jsn (did you mean '--json'?); see tunelab sft --help"),

@@ -33,7 +33,13 @@ training:
   run_name: {name}
 evaluation: {{eval_steps: 10, eval_samples: 8, generation_prompts: 1, max_new_tokens: 8}}
 """
-ADAPTERS = {"sft": "null", "dpo": "null", "dpo with lora": "{r: 4, lora_dropout: 0.1}"}
+ADAPTERS = {
+    "sft": "null",
+    "dpo": "null",
+    "dpo with lora": "{r: 4, lora_dropout: 0.1}",
+    "sft with p-tuning": "{name: p_tuning, num_virtual_tokens: 4, encoder_reparameterization_type: lstm, "
+    "encoder_dropout: 0.2}",
+}
 STEPS = 40  # 40 records · 2 epochs / 2 a step
 
 

@@ -50,6 +50,7 @@ def build_run(
             "source": model or "smollm2-135m",
             "architecture": "LlamaForCausalLM",
             "parameters": 134_515_008,
+            "trainable_parameters": 134_515_008,
             "device": "cpu",
             "precision": "float32",
             "layout": "packed",
@@ -57,6 +58,7 @@ def build_run(
         },
         data={"train": data_summary("train", method, dropped=2), "eval": data_summary("test", method)},
         cost=cost(steps),
+        forecast_and_measured=forecast_and_measured(steps),
         best={"step": best["step"], "eval/loss": best["eval/loss"]},
         result={key: value for key, value in rows[-1].items() if "/" in key},
         resumes=[],
@@ -122,6 +124,15 @@ def cost(steps: int) -> dict[str, Any]:
         "tokens_per_second": tokens / 95.2,
         "peak_memory_bytes": 3.2 * 2**30,
     }
+
+
+def forecast_and_measured(steps: int) -> dict[str, dict[str, float]]:
+    """Memory foretold 3.1% too low, time 12% too long, all that can be counted exactly right."""
+    paid = cost(steps)
+    measured = {key: paid[key] for key in ("tokens", "flops", "floor_flops", "peak_memory_bytes")}
+    measured |= {"seconds": paid["seconds"]["total"], "checkpoint_bytes": 1.61e9}
+    factors = {"peak_memory_bytes": 0.969, "seconds": 1.12}
+    return {key: {"forecast": value * factors.get(key, 1.0), "measured": value} for key, value in measured.items()}
 
 
 def data_summary(split: str, method: str, dropped: int = 0) -> dict[str, Any]:

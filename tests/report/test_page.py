@@ -98,6 +98,28 @@ def test_everything_is_on_the_page(two_stages):
     assert headings == ["evaluation", "answers", "training", "cost", "data", "recipe"]
 
 
+def test_the_forecast_stands_beside_what_came(two_stages):
+    text = Page(two_stages[1]).text
+    assert "Forecast before the run, and measured, Stage 1: sft" in text
+    assert "Forecast before the run, and measured, Stage 2: dpo" in text
+    assert "−3.1%" in text
+
+
+def test_how_much_is_trained(tmp_path):
+    run = build_run(tmp_path, "adapted")
+    assert "of them trained" not in render_page(run)
+    run.update(model=run.record()["model"] | {"parameters": 139_400_064, "trainable_parameters": 4_884_480})
+    assert "139 M parameters, 4.88 M of them trained (3.50%)" in render_page(run).replace("\u00a0", " ")
+
+
+def test_too_little_memory_is_noted(tmp_path):
+    run = build_run(tmp_path, "short")
+    changes = [{"phase": "training", "step": 3}, {"phase": "evaluation", "step": 5}, {"phase": "training", "step": 9}]
+    run.update(micro_batch_changes=changes)
+    told = "Out of memory in training and evaluation: done in smaller portions, with the same records a step."
+    assert told in render_page(run)
+
+
 def test_answers_stand_in_the_order_of_the_arms(two_stages):
     _, html = two_stages
     answers = html.split('id="answers"')[1].split("</article>")[0]

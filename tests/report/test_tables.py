@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from tests.report.synthetic import cost, data_summary, interval
+from tests.report.synthetic import cost, data_summary, forecast_and_measured, interval
 from tunelab.data.summary import DataSummary, Lengths, Listed
 from tunelab.report import tables
 from tunelab.report.formatting import NBSP
@@ -40,6 +40,32 @@ def test_cost_adds_up_but_for_peaks_and_rates():
 def test_one_stage_has_no_total_and_no_cost_no_table():
     assert tables.cost_table([("sft", cost(3))]).columns == ("", "sft")
     assert tables.cost_table([("sft", {})]) is None
+
+
+def test_forecast_beside_measured():
+    record = {"status": "completed", "forecast_and_measured": forecast_and_measured(120)}
+    table = tables.forecast_table(record, "Stage 1: sft")
+    assert table.caption == "Forecast before the run, and measured, Stage 1: sft"
+    assert table.columns == ("", "forecast", "measured", "forecast off by")
+    rows = as_dict(table)
+    assert rows["Peak memory"] == ["3.1 GiB", "3.2 GiB", "−3.1%"]
+    assert rows["Time"] == ["2 min 17 s", "2 min 2 s", "+12.0%"]
+    assert rows["Tokens trained on"] == ["216,000", "216,000", "0.0%"]
+    assert rows["A checkpoint on disk"] == ["1.5 GiB", "1.5 GiB", "0.0%"]
+
+
+def test_sums_of_a_run_that_did_not_finish_are_not_held_against_its_forecast():
+    record = {"status": "interrupted", "forecast_and_measured": forecast_and_measured(120)}
+    assert list(as_dict(tables.forecast_table(record))) == ["Peak memory", "A checkpoint on disk"]
+
+
+def test_what_was_not_foretold_or_not_measured_has_no_row():
+    some = {"peak_memory_bytes": {"forecast": None, "measured": 5}, "tokens": {"forecast": 8, "measured": 8}}
+    assert list(as_dict(tables.forecast_table({"status": "completed", "forecast_and_measured": some}))) == [
+        "Tokens trained on"
+    ]
+    assert tables.forecast_table({"status": "completed", "forecast_and_measured": None}) is None
+    assert tables.forecast_table({"status": "completed"}) is None
 
 
 def test_data_by_shape():

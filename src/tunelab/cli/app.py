@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tunelab import __version__
-from tunelab.cli.commands import data, machine, models, runs, training
+from tunelab.cli.commands import data, machine, models, planning, runs, training
 from tunelab.cli.help import Command, Group, RunsGroup
 
 HELP = """\b
@@ -49,6 +49,7 @@ def build_app() -> typer.Typer:
     add(app, "quickstart", training.quickstart, "Everything once, in minutes: two trainings and a report.")
     add(app, "sft", training.sft, "Supervised fine-tuning by a recipe.")
     add(app, "dpo", training.dpo, "Preference tuning by a recipe (DPO and its kin).")
+    add(app, "plan", planning.plan, "What a recipe would take, and whether it fits, before anything is paid.")
     add(app, "inspect", data.inspect, "See what a recipe trains on, token by token.")
     add(app, "evaluate", models.evaluate, "A run and its base model on held-out data, with intervals.")
     add(app, "chat", models.chat, "Talk to a run or a model.")

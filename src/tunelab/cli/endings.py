@@ -23,6 +23,7 @@ from tunelab.errors import (
     EXIT_USAGE,
     Interrupted,
     TunelabError,
+    is_out_of_memory,
 )
 
 EXIT_BROKEN_PIPE = 128 + 13
@@ -61,10 +62,10 @@ def explain(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, typer.TyperException):
         return _explain_usage(error), EXIT_USAGE
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return (
-            "out of memory; set a smaller training.per_device_train_batch_size (with more gradient_accumulation_steps "
-            "the update stays the same), or training.gradient_checkpointing=true",
+            "out of memory; `tunelab plan RECIPE` forecasts what fits, e.g. with training.gradient_checkpointing=true, "
+            "adapter.name=lora or a smaller data.max_length",
             EXIT_ENVIRONMENT,
         )
     if _is_disk_full(error):
@@ -85,15 +86,6 @@ def _explain_usage(error: typer.TyperException) -> str:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "tunelab"
     return f"{message[:1].lower()}{message[1:]}; see {path} --help"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Python's own, torch's on an accelerator (its class, by name: torch may not be loaded), and torch's on the CPU."""
-    return (
-        isinstance(error, MemoryError)
-        or any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
-        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
-    )
 
 
 def _is_disk_full(error: Exception) -> bool:

@@ -98,6 +98,8 @@ class ModelShape:
     attention_width: int
     embeddings_trained: bool = True
     norm_trained: bool = True
+    root_mean_square: bool = False
+    gelu_tensors: int = 1
 
     @property
     def num_layers(self) -> int:
@@ -143,7 +145,7 @@ class ModelShape:
         """
         config: Any = model.config.get_text_config()  # type: ignore[operator,union-attr]
         output: Any = model.get_output_embeddings()  # type: ignore[operator]
-        layers = _decoder_layers(model, config.num_hidden_layers)
+        layers = decoder_layers(model)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width = config.num_attention_heads * head_size
         inside = {id(p) for p in layers.parameters()} | {id(p) for p in output.parameters()}
@@ -156,10 +158,14 @@ class ModelShape:
             attention_width=width,
             embeddings_trained=bool(embeddings & trained),
             norm_trained=bool(trained - inside - embeddings),
+            root_mean_square=any(type(m).__name__.endswith("RMSNorm") for m in layers.modules()),
+            gelu_tensors=4 if any(type(m).__name__ == "NewGELUActivation" for m in layers.modules()) else 1,
         )
 
 
-def _decoder_layers(model: nn.Module, num_layers: int) -> nn.ModuleList:
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers of a Hugging Face causal LM."""
+    num_layers = model.config.get_text_config().num_hidden_layers  # type: ignore[operator,union-attr]
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
 
 

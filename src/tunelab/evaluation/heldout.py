@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tunelab.data import Dataset, pack_batches
+from tunelab.data import Dataset, pack
 from tunelab.models.engine import compute_logprobs, sequence_logprobs
 from tunelab.models.loaded import LoadedModel
+from tunelab.models.portions import OnHalved, in_portions
 from tunelab.objectives import Objective
 from tunelab.types import Metrics
 
@@ -24,27 +25,32 @@ def evaluate_objective(
     *,
     batch_size: int,
     on_records: Callable[[int], None] = lambda count: None,
+    on_halved: OnHalved = lambda size: None,
 ) -> Metrics:
     """`loss` and the objective's own metrics over the given records, averaged by the objective's weight.
 
-    reference: (N, 2) of the whole data set, where the objective needs one. Dropout is off; the mode is restored.
+    reference: (N, 2) of the whole data set, where the objective needs one. Dropout is off; the mode is restored. A
+    batch that does not fit in memory is halved, as all after it are, and `on_halved` told: the averages stay the same.
     """
     totals: dict[str, torch.Tensor] = {}
     weight = torch.zeros((), device=loaded.device)
     was_training = loaded.model.training
+
+    def measure(part: list[int]) -> tuple[int, torch.Tensor, dict[str, torch.Tensor]]:
+        batch = pack([dataset.examples[index] for index in part], part).to(loaded.device)
+        rows = None if reference is None else torch.from_numpy(reference[part]).to(loaded.device)
+        loss, sums = objective.loss_sum(compute_logprobs(loaded, batch), batch, rows)
+        return len(part), objective.weight(batch), {"loss": loss, **sums}
+
     loaded.model.eval()
     try:
         with torch.no_grad():
-            for batch in pack_batches(dataset.examples, indices, batch_size):
-                batch = batch.to(loaded.device)
-                rows = None
-                if reference is not None:
-                    rows = torch.from_numpy(reference[list(batch.record_ids)]).to(loaded.device)
-                loss, sums = objective.loss_sum(compute_logprobs(loaded, batch), batch, rows)
-                weight = weight + objective.weight(batch)
-                for name, value in {"loss": loss, **sums}.items():
+            ids = [int(index) for index in indices]
+            for count, own, sums in in_portions(ids, batch_size, measure, what="evaluation", on_halved=on_halved):
+                weight = weight + own
+                for name, value in sums.items():
                     totals[name] = totals[name] + value if name in totals else value
-                on_records(len(batch.record_ids))
+                on_records(count)
     finally:
         loaded.model.train(was_training)
     return {name: float(total / weight) for name, total in totals.items()}
@@ -68,10 +74,18 @@ def score_records(
     *,
     batch_size: int,
     on_records: Callable[[int], None] = lambda count: None,
+    on_halved: OnHalved = lambda size: None,
 ) -> RecordScores:
-    """Scores of the given records, in their order."""
-    sums, counts = sequence_logprobs(
-        loaded, pack_batches(dataset.examples, indices, batch_size), lambda batch: on_records(len(batch.record_ids))
-    )
-    width = len(dataset.examples[int(indices[0])].completions)
-    return RecordScores(sums.reshape(-1, width), counts.reshape(-1, width))
+    """Scores of the given records, in their order. A batch that does not fit in memory is halved, as all after it."""
+
+    def score(part: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        return sequence_logprobs(loaded, [pack([dataset.examples[index] for index in part], part)])
+
+    ids = [int(index) for index in indices]
+    found = []
+    for sums, counts in in_portions(ids, batch_size, score, what="scoring", on_halved=on_halved):
+        width = len(dataset.examples[ids[0]].completions)
+        found.append((sums.reshape(-1, width), counts.reshape(-1, width)))
+        on_records(len(sums) // width)
+    logprobs, numbers = zip(*found, strict=True)
+    return RecordScores(np.concatenate(logprobs), np.concatenate(numbers))

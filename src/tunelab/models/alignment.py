@@ -1,10 +1,11 @@
 """Rows in multiples of ALIGNMENT, for libraries that make a kernel for every shape.
 
 oneDNN prepares each product's kernels for its exact shape and keeps them. The rows of a packed batch are other ones at
-every step, in the blocks (T tokens), in the last block (Q queries) and in the head (S targets): some twenty new kernels a
-step, each of a few milliseconds and up to half a megabyte, which oneDNN does not give back. A filler segment behind the
-row, to which nothing attends and whose result nobody reads, rounds T and Q up; the head leaves its last few positions to
-the other library (`logprobs.py`). With shapes that repeat, kernels are found again.
+every step, in the blocks (T tokens), in the last block (Q queries) and in the head (S targets): some twenty new
+kernels a step, each of a few milliseconds and up to half a megabyte, which oneDNN does not give back: a run of 60 steps
+of a model of 0.2 M parameters grew by 600 MB. A filler segment behind the row, to which nothing attends and whose
+result nobody reads, rounds T and Q up; the head leaves its last few positions to the other library (`logprobs.py`).
+With shapes that repeat, kernels are found again.
 """
 
 from __future__ import annotations

@@ -116,8 +116,8 @@ class _Head:
         self.buffer: Tensor | None = None
 
     def chunks(self) -> list[slice]:
-        """Of like size and whole multiples of ALIGNMENT, so that their products' kernels are found again; the fewer than
-        ALIGNMENT left over come last (`_multiply`).
+        """Of like size and whole multiples of ALIGNMENT, so that their products' kernels are found again; the few
+        positions left over come last (`_multiply`).
         """
         unit = min(ALIGNMENT, self.chunk_size)
         units = self.hidden.shape[0] // unit

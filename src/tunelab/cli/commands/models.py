@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -158,6 +158,13 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Of a run with an adapter: a plain model, the adapter in its weights.")
     ] = False,
+    base: Annotated[
+        Literal["dequantised", "original"] | None,
+        typer.Option(
+            help="Of a run on a 4-bit base, with --merge: which weights the adapter is added to.",
+            show_default="dequantised",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
     runs_dir: RunsDir = "runs",
     json: Json = False,
@@ -167,13 +174,17 @@ def export(
 
     Copy a run's model, tokenizer and chat template into a folder that transformers, and whatever reads Hugging Face
     folders, opens as it stands. The checkpoint is verified first. A run with an adapter gives the adapter, which peft
-    opens on its base model, or with --merge a plain model.
+    opens on its base model, or with --merge a plain model. Trained beside 4-bit weights, it is merged into what those
+    stand for (the model that was trained) or, with --base original, into the weights they were made from.
     """
     from tunelab.export import export_model
     from tunelab.manifest import ADAPTER_CONFIG
     from tunelab.runs import RunFolder
 
-    done = export_model(RunFolder.open(run, runs_dir), folder, checkpoint, force, merge)
+    done = export_model(RunFolder.open(run, runs_dir), folder, checkpoint, force, merge, base)
+    if done.warning is not None:
+        with closing(choose_progress(quiet=False)) as progress:
+            progress.note(f"warning: {done.warning}")
     if json:
         files = {"files": list(done.files), "bytes": done.num_bytes}
         print_json({"run": run, "checkpoint": done.checkpoint, "folder": str(done.folder), **files})

@@ -68,8 +68,9 @@ def list_(
     if json:
         print_json({"runs": rows})
     elif rows:
-        columns = ["name", "method", "model", "status", "created", "steps", "eval/loss", "accuracy", "time"]
-        print_table(columns, [_row(row) for row in rows], droppable=["created", "model", "steps", "accuracy", "time"])
+        columns = ["name", "method", "model", "trained", "status", "created", "steps", "eval/loss", "accuracy", "time"]
+        droppable = ["created", "model", "trained", "steps", "accuracy", "time"]
+        print_table(columns, [_row(row) for row in rows], droppable=droppable)
     else:
         what = "no run meets these conditions" if filters else f"no runs under {runs_dir}"
         print_line(f"{what}; `tunelab quickstart` makes two")
@@ -81,6 +82,7 @@ def _row(row: Mapping[str, Any]) -> list[str]:
         row["name"],
         row["method"],
         row["model"],
+        _trained(row),
         row["status"],
         _date(row["created"]),
         f"{row['steps']:,}" if row["steps"] is not None else "",
@@ -112,7 +114,7 @@ def show(run: Run, runs_dir: RunsDir = "runs", json: Json = False) -> None:
             "status": row["status"] + (f": {record['error']}" if record.get("error") else ""),
             "created": f"{_date(row['created'])}, finished {_date(row['finished'])}" if row["finished"] else "",
             "method": row["method"],
-            "model": row["model"],
+            "model": ", ".join(filter(None, (row["model"], _size(row)))),
             "best": f"step {best['step']}, eval/loss {_number(best['eval/loss'])}" if best else "",
             "result": ", ".join(f"{name} {_number(value)}" for name, value in _main_metrics(row["metrics"]).items()),
             "cost": _cost(row),
@@ -121,8 +123,35 @@ def show(run: Run, runs_dir: RunsDir = "runs", json: Json = False) -> None:
             "continue": "" if row["status"] == "completed" else f"tunelab {row['method']} --resume {row['path']}",
         }
     )
+    _print_forecast(record)
     print_line()
     print_line((folder.path / "config.yaml").read_text(encoding="utf-8").rstrip())
+
+
+def _trained(row: Mapping[str, Any]) -> str:
+    """The share of the parameters that is trained."""
+    whole, trained = row["parameters"], row["trainable_parameters"]
+    if not whole or trained is None:
+        return ""
+    return "all" if trained == whole else f"{trained / whole:.2%}"
+
+
+def _size(row: Mapping[str, Any]) -> str:
+    if not row["parameters"]:
+        return ""
+    share = _trained(row)
+    part = f", {row['trainable_parameters']:,} ({share}) of them trained" if share not in ("", "all") else ""
+    return f"{row['parameters']:,} parameters{part}"
+
+
+def _print_forecast(record: Mapping[str, Any]) -> None:
+    """What was foretold beside what came, as the report has it."""
+    from tunelab.report.tables import forecast_table
+
+    table = forecast_table(record)
+    if table is not None:
+        print_line()
+        print_table(["", *table.columns[1:]], [[cell.text for cell in row] for row in table.rows])
 
 
 def _cost(row: Mapping[str, Any]) -> str:
@@ -157,6 +186,7 @@ def compare(
     _print_side_by_side(found["runs"], "recipe", {**status, **differing}, lambda _, value: value)
     _print_side_by_side(found["runs"], "metric", _main_metrics(found["metrics"]), lambda _, value: _number(value))
     _print_side_by_side(found["runs"], "evaluated [95%]", found["evaluation"], lambda _, value: format_interval(value))
+    _print_side_by_side(found["runs"], "model", found["model"], lambda _, value: _number(value))
     _print_side_by_side(found["runs"], "cost", cost, _cost_cell)
 
 

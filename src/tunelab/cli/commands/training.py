@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import closing
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tunelab.cli.commands.planning import print_forecast
 from tunelab.cli.commands.runs import MAIN_METRICS
 from tunelab.cli.options import Json, Overrides, Quiet, Recipe, RunsDir, words
 from tunelab.cli.output import format_speed, print_json, print_line, print_pairs, print_table
@@ -113,10 +113,14 @@ def _train(
     recipe, run = _recipe_and_run(method, arguments, resume, runs_dir)
     with closing(choose_progress(quiet)) as progress:
         if dry_run:
-            from tunelab.forecast import forecast
+            from tunelab.planner import plan_recipe
 
-            forecasted = forecast(recipe, progress)
-            print_json(forecasted) if json else _print_forecast(forecasted)
+            found = plan_recipe(recipe, progress, strict=True)
+            if json:
+                print_json(found)
+                return
+            print_forecast(found)
+            print_line("Nothing was trained (--dry-run).")
             return
         from tunelab.report import write_report
         from tunelab.runs import lineage
@@ -151,31 +155,6 @@ def _recipe_and_run(
         if "=" not in word:
             raise ConfigError(f"--resume {resume}: its recipe is read from the run; remove '{word}'")
     return load_recipe(run.path / "config.yaml", arguments, method), run
-
-
-def _print_forecast(forecast: Mapping[str, Any]) -> None:
-    model, summary = forecast["model"], forecast["data"]["train"]
-    print_pairs(
-        {
-            "method": forecast["method"],
-            "model": f"{model['name']}, {model['parameters']:,} parameters{_part(model)}",
-            "on": f"{forecast['device']}, {forecast['precision']}",
-            "data": f"{summary['used']:,} of {summary['records']:,} records of {summary['source']}",
-            "steps": f"{forecast['steps']:,}",
-            "sees": f"{forecast['records']:,} records, {forecast['tokens']:,} tokens "
-            f"({forecast['loss_tokens']:,} with loss)",
-            "compute": f"{forecast['flops']:.3g} FLOPs by formula, {forecast['floor_flops']:.3g} of them unavoidable",
-            "memory": f"at least {format_bytes(forecast['memory_floor_bytes'])} beside the libraries",
-            "disk": f"up to {format_bytes(forecast['disk_bytes'])} of checkpoints",
-        }
-    )
-    print_line("Nothing was trained (--dry-run).")
-
-
-def _part(model: Mapping[str, Any]) -> str:
-    """A clause on how many of the parameters are trained, where that is not all."""
-    trained: int = model["trainable_parameters"]
-    return "" if trained == model["parameters"] else f", {trained:,} of them trained"
 
 
 def _print_result(run: RunFolder, report: str) -> None:
