@@ -308,7 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(json.dumps(result["summary"], indent=1))
     if not options.quick and not options.only:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
-        write_page(result)
+        if options.output == RESULTS / "forecast.json":
+            write_page(result)
     return 0 if len(rows) == len(wanted) else 1
 
 

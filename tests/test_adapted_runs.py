@@ -129,12 +129,17 @@ def test_resumed_from_the_middle_it_has_the_same_bits(run: Make, method: str) ->
 
 
 def test_1_by_4_is_4_by_1(run: Make) -> None:
-    """The update does not depend on how a step is cut into micro-batches."""
-    one, four = run(), run(training__per_device_train_batch_size=1, training__gradient_accumulation_steps=4)
+    """The update does not depend on how a step is cut into micro-batches.
+
+    By SGD: Adam divides a gradient by its own size, and so makes of rounding a whole step where it is nearly 0.
+    """
+    settings = {"optimizer": {"name": "sgd", "learning_rate": 0.5}}
+    one = run(**settings)
+    four = run(**settings, training__per_device_train_batch_size=1, training__gradient_accumulation_steps=4)
     assert curve(one) == pytest.approx(curve(four), rel=1e-5)
     a, b = (load_file(last(made) / "adapter_model.safetensors") for made in (one, four))
     for name, tensor in a.items():
-        torch.testing.assert_close(tensor, b[name], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(tensor, b[name], atol=1e-6, rtol=1e-4)
 
 
 def test_gradient_checkpointing_gives_the_same_run(run: Make) -> None:

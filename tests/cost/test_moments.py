@@ -127,3 +127,16 @@ def test_the_peak_is_the_fullest_moment(on_cpu: bool) -> None:
     moments = memory_moments(training(gpt2(), on_cpu=on_cpu, framework=1000), workload())
     assert peak(moments).total == max(sum(moment.parts.values()) for moment in moments)
     assert all((moment.parts.get("allocator", 0) > 0) == (on_cpu and moment.name != "start") for moment in moments)
+
+
+def test_dora_keeps_every_output() -> None:
+    """GPT-2's products put out 3D, D, 4D and D; rank 2 beside each."""
+    from peft import LoraConfig, get_peft_model
+
+    kept = {}
+    for dora in (False, True):
+        model = gpt2()
+        targets = ["c_attn", "c_proj", "c_fc"]
+        get_peft_model(model, LoraConfig(r=2, target_modules=targets, fan_in_fan_out=True, use_dora=dora))
+        kept[dora] = named(memory_moments(training(model), workload()), "block 1, mlp").parts["activations"]
+    assert kept[True] - kept[False] == 4 * 9 * 32 * T

@@ -6,7 +6,8 @@ positions that are queries (all, but in the last block of the fused path). r byt
 which has the weights' type; a, of the products.
 
     fused         kept from forward to backward: x (D, r), queries | keys | values (P, a) at T; the attention's output
-                  (A, a), the residual between (D, r), the MLP before its activation (M, a) at Q; x·Aᵀ of each LoRA
+                  (A, a), the residual between (D, r), the MLP before its activation (M, a) at Q; x·Aᵀ of each LoRA,
+                  and of DoRA each product's output
                   (`models/fused/blocks.py`, `models/segments.py`)
     own, padded   each module keeps its input, and every composite its parts: a LayerNorm's output (RMSNorm: two
                   tensors) beside the residual, a GELU's input and output (the composite `gelu_new`: five tensors), a
@@ -61,7 +62,7 @@ def block_bytes(block: Block, shape: ModelShape, row: Row, path: Path, items: It
     d, attention, packed, inner, active = _widths(block, shape)
     r, a, tokens, kept = items.residual, items.product, row.tokens, row.kept
     gated = block.is_known and inner > active
-    ranks = sum(p.rank for p in block.projections) * tokens * a
+    ranks = sum(p.rank + (p.out_features if p.rescaled else 0) for p in block.projections) * tokens * a
     boundary = tokens * d * r
     front = boundary + tokens * packed * a
     back = kept * (attention * a + d * r + inner * a) + ranks

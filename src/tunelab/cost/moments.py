@@ -38,13 +38,16 @@ PARTS = (
 """In the order of tables: copies are weights in the products' type; allocator is what fragments of freed memory and
 prepared kernels take (CPU); framework is the process itself."""
 
-FRAGMENTATION = 0.6
-"""Of activations, on a CPU: rows differ in length from step to step, and what they leave free in the C library's heap
-does not fit the next ones. Fitted to benchmarks/forecast.py; more on docs/plan.md."""
+HELD_OF_ACTIVATIONS, HELD_OF_GRADIENTS = 0.4, 0.5
+"""What lies free in a CPU's C library heap and cannot be used again, as shares of the activations and of the gradients
+of a whole step: rows differ in length from step to step, and what one leaves does not fit the next."""
 
-KERNEL_BYTES, MOST_KERNELS = 12 << 20, 10
-"""What oneDNN keeps of the kernels it makes for a row of a new length, and for how many rows that goes on: afterwards
-lengths, rounded (`models/alignment.py`), come again. Fitted likewise."""
+KERNEL_BYTES = 110 << 20
+"""What oneDNN makes for rows of new lengths, and keeps, within the first steps of a run; afterwards lengths, rounded
+(`models/alignment.py`), come again. This and the shares above are fitted to benchmarks/forecast.py: docs/plan.md."""
+
+HEAP_BLOCK = 32 << 20
+"""Larger blocks are the kernel's, and go back to it whole (`parallel.keep_freed_memory`)."""
 
 LOGIT_BYTES = 4
 """Float32 in every precision."""
@@ -77,7 +80,7 @@ class Workload:
 
     train: the largest rows a step trains on. micro_batches: of a step. evaluation, reference: the largest rows scored
     without gradients, None where there are none. chunk_size: rows of logits at a time. later_steps: there is a second
-    step, which finds the optimizer's state already there. rows: packed in all.
+    step, which finds the optimizer's state already there.
     """
 
     train: Sequence[Row]
@@ -87,7 +90,6 @@ class Workload:
     reference: Row | None = None
     generation: Generation | None = None
     later_steps: bool = True
-    rows: int = MOST_KERNELS
 
 
 @dataclass(frozen=True)
@@ -123,21 +125,23 @@ def memory_moments(training: Training, workload: Workload) -> list[Moment]:
     for row in workload.train:
         found += _Step(training, workload, row).moments()
     found.append(_update(training))
-    return [_with_allocator(moment, workload) for moment in found] if training.on_cpu else found
-
-
-def _with_allocator(moment: Moment, workload: Workload) -> Moment:
-    """What a CPU's allocator and libraries hold beside the tensors of the moment."""
-    if moment.name == "start":
-        return moment
-    kernels = KERNEL_BYTES * min(workload.rows, MOST_KERNELS)
-    held = int(FRAGMENTATION * moment.parts["activations"]) + kernels
-    return Moment(moment.name, {**moment.parts, "allocator": held})
+    return [_with_allocator(moment, training) for moment in found] if training.on_cpu else found
 
 
 def peak(moments: Sequence[Moment]) -> Moment:
     """The fullest."""
     return max(moments, key=lambda moment: moment.total)
+
+
+def _with_allocator(moment: Moment, training: Training) -> Moment:
+    """What a CPU's allocator and libraries hold beside the tensors of the moment."""
+    if moment.name == "start":
+        return moment
+    held = HELD_OF_ACTIVATIONS * moment.parts["activations"] + KERNEL_BYTES
+    if moment.name != "reference":
+        sizes = [weight.numel * weight.itemsize for weight in training.weights if weight.trained]
+        held += HELD_OF_GRADIENTS * sum(size for size in sizes if size < HEAP_BLOCK)
+    return Moment(moment.name, {**moment.parts, "allocator": int(held)})
 
 
 # --- without gradients ----------------------------------------------------------------------------------------------
@@ -267,7 +271,16 @@ def _moment(training: Training, name: str, *, state: int | None = None, **parts:
         "framework": training.framework,
         **parts,
     }
+    held["copies"] = held.get("copies", 0) + _unpacked_pages(training)
     return Moment(name, {part: held.get(part, 0) for part in PARTS})
+
+
+def _unpacked_pages(training: Training) -> int:
+    """On a CPU a file of weights is mapped, and stays so while a tensor of it is in use: the pages that were read to be
+    packed into 4 bits count as resident memory, though the system can take them back.
+    """
+    packed = [w.numel * w.itemsize for w in training.weights if w.bytes < w.numel * w.itemsize]
+    return sum(packed) if training.on_cpu else 0
 
 
 def _blocks(training: Training, row: Row) -> list[BlockBytes]:

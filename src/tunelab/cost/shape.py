@@ -36,6 +36,7 @@ class Projection:
 
     outputs: (role, width) of its columns in order; GPT-2's fused `c_attn` has three. trained: the weight has a
     gradient. rank: of the LoRA adapters beside it (several: their sum), 0 without. adapter_trained: those learn.
+    rescaled: DoRA's, whose output is kept before it is brought to its length.
     """
 
     in_features: int
@@ -43,6 +44,7 @@ class Projection:
     trained: bool = True
     rank: int = 0
     adapter_trained: bool = False
+    rescaled: bool = False
 
     @property
     def out_features(self) -> int:
@@ -204,6 +206,7 @@ def _projection(module: nn.Module, roles: tuple[Role, ...], attention_width: int
         trained=base.weight.requires_grad,
         rank=sum(weight.shape[0] for weight in adapters),
         adapter_trained=any(weight.requires_grad for weight in adapters),
+        rescaled=any(name in getattr(module, "lora_magnitude_vector", {}) for name in _active_adapters(module)),
     )
 
 

@@ -73,7 +73,6 @@ def count(plan: Plan, device_type: str, chunk_size: int) -> Counts:
         reference=None if referenced is None else _largest_row(referenced, REFERENCE_BATCH),
         generation=_generation(plan),
         later_steps=loader.num_steps > 1,
-        rows=_rows(loader.num_steps * max(sizes.per_step), referenced),
     )
     return Counts(
         training=_total(data.train.examples, np.flatnonzero(uses), uses),
@@ -193,10 +192,6 @@ def _parts(plan: Plan, step: int, device_type: str) -> list[np.ndarray]:
         for indices in plan.loader.micro_batches(step, training.per_device_train_batch_size)
         for part in split_by_tokens(indices, lengths[indices], budget)
     ]
-
-
-def _rows(trained: int, referenced: list[tuple[Dataset, np.ndarray]] | None) -> int:
-    return trained + sum(-(-len(indices) // REFERENCE_BATCH) for _, indices in referenced or ())
 
 
 def _largest_row(scored: list[tuple[Dataset, np.ndarray]], batch_size: int) -> cost.Row:

@@ -96,6 +96,7 @@ def planned_precision(name: str, device_type: str) -> Precision:
     return replace(resolve_precision("bf16" if name == "auto" else name, cpu), device_type=device_type)
 
 
+@lru_cache(maxsize=8)
 def planned_config(config: ModelConfig) -> PreTrainedConfig:
     """The model's own configuration, without dropout that the recipe does not ask for."""
     found: PreTrainedConfig = load_skeleton(config, needs_weights=False).config
