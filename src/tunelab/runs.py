@@ -33,6 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
 
 from tunelab import __version__
 from tunelab.config import Recipe, load_recipe
@@ -73,6 +75,19 @@ def _cpu_name() -> str:
     except OSError:
         pass  # not Linux: platform's own word is the best there is
     return platform.processor() or platform.machine()
+
+
+class _Representer(SafeRepresenter):
+    """ruamel's, but for the line breaks of YAML 1.1, which it writes as they are and reads as spaces."""
+
+    def represent_str(self, data: str) -> ScalarNode:
+        quoted = any(character in data for character in "\x85\u2028\u2029")
+        node: ScalarNode = self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if quoted else None)
+        return node
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
 
 
 @dataclass(frozen=True)
@@ -144,7 +159,8 @@ class RunFolder:
 
     def write_recipe(self, recipe: Recipe) -> None:
         """config.yaml: the resolved recipe."""
-        yaml = YAML(typ="safe")
+        yaml = YAML(typ="safe", pure=True)
+        yaml.Representer = _Representer
         yaml.default_flow_style = False
         yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
         text = io.StringIO()

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunelab.optim import quarter
-from tunelab.optim.quarter import BLOCK, Quarter, decode, encode, quarter_state_bytes
+from tunelab.optim.quarter import Quarter, quarter_state_bytes
 
 BETAS, EPS, DECAY, CLIP = (0.8, 0.95), 1e-6, 0.1, 0.7
 
@@ -26,17 +26,14 @@ def _gradients(shape: tuple[int, ...], steps: int, seed: int = 0) -> list[np.nda
 
 
 def _matrix_in_float64(weight: np.ndarray, gradients: list[np.ndarray], lr: float) -> np.ndarray:
-    """The module's equations with whole matrices and a momentum that is not rounded."""
-    rows, columns = np.zeros(weight.shape[0]), np.zeros(weight.shape[1])
-    momentum = np.zeros_like(weight)
+    """The module's equations with moments that are not rounded."""
+    mean, square = np.zeros_like(weight), np.zeros_like(weight)
     for step, gradient in enumerate(gradients, 1):
-        rows = BETAS[1] * rows + (1 - BETAS[1]) * (gradient**2).mean(1)
-        columns = BETAS[1] * columns + (1 - BETAS[1]) * (gradient**2).mean(0)
-        second = np.outer(rows, columns) / rows.mean() / (1 - BETAS[1] ** step)
-        update = gradient / np.sqrt(second)
-        update = update / max(1.0, math.sqrt((update**2).mean()) / CLIP)
-        momentum = BETAS[0] * momentum + (1 - BETAS[0]) * update
-        weight = weight - lr * (momentum / (1 - BETAS[0] ** step) + DECAY * weight)
+        square = BETAS[1] * square + (1 - BETAS[1]) * gradient**2
+        root = np.sqrt(square / (1 - BETAS[1] ** step)) + EPS
+        clipped = gradient / max(1.0, math.sqrt(((gradient / root) ** 2).mean()) / CLIP)
+        mean = BETAS[0] * mean + (1 - BETAS[0]) * clipped
+        weight = weight - lr * (mean / (1 - BETAS[0] ** step) / root + DECAY * weight)
     return weight
 
 
@@ -52,23 +49,54 @@ def _train(parameter: nn.Parameter, gradients: list[np.ndarray], lr: float, seed
     return parameter.detach()
 
 
+def _keep_moments_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, torch.Tensor] = {}
+    for name in ("momentum", "square"):
+        monkeypatch.setattr(
+            quarter, f"encode_{name}", lambda values, *_, name=name: kept.update({name: values.clone()})
+        )
+        monkeypatch.setattr(
+            quarter,
+            f"decode_{name}",
+            lambda codes, scales, columns, name=name: kept.get(name, torch.zeros(len(codes), columns)).clone(),
+        )
+
+
 def test_a_matrix_follows_the_equations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """20 steps, the momentum kept whole: nothing but float32 between it and the transcription."""
-    kept: dict[int, torch.Tensor] = {}
-    monkeypatch.setattr(quarter, "encode", lambda values, codes, scales: kept.update({0: values.clone()}))
-    monkeypatch.setattr(quarter, "decode", lambda codes, scales: kept.get(0, torch.zeros(codes.shape)).clone())
+    """20 steps with moments kept whole: nothing but float32 between them and the transcription."""
+    _keep_moments_whole(monkeypatch)
     start, gradients = np.random.default_rng(1).normal(size=(7, 300)), _gradients((7, 300), 20)
     found = _train(nn.Parameter(torch.from_numpy(start).float()), gradients, lr=0.01)
     np.testing.assert_allclose(found.double().numpy(), _matrix_in_float64(start, gradients, lr=0.01), atol=2e-6)
 
 
-def test_eight_bits_of_momentum_change_little() -> None:
-    """By less than a hundredth of how far the weights went."""
+def test_without_rounding_and_clipping_it_is_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    _keep_moments_whole(monkeypatch)
+    start, gradients = np.random.default_rng(1).normal(size=(7, 300)), _gradients((7, 300), 20)
+    ours, reference = (nn.Parameter(torch.from_numpy(start).float()) for _ in range(2))
+    settings = {"lr": 0.01, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
+    optimizers = Quarter([ours], clip_threshold=1e9, **settings), torch.optim.AdamW([reference], **settings)
+    for gradient in gradients:
+        for parameter, optimizer in zip((ours, reference), optimizers, strict=True):
+            parameter.grad = torch.from_numpy(gradient).float()
+            optimizer.step()
+    torch.testing.assert_close(ours, reference, atol=2e-6, rtol=0)
+
+
+def test_four_bits_a_moment_are_right_on_average() -> None:
+    """One run is off by a fraction of the way the weights went, the mean of many by a small part of that fraction."""
     start, gradients = np.random.default_rng(1).normal(size=(7, 300)), _gradients((7, 300), 20)
     exact = _matrix_in_float64(start, gradients, lr=0.01)
-    found = _train(nn.Parameter(torch.from_numpy(start).float()), gradients, lr=0.01).double().numpy()
-    error, way = np.sqrt(((found - exact) ** 2).mean()), np.sqrt(((exact - start) ** 2).mean())
-    assert 0 < error < 0.01 * way
+    found = np.stack(
+        [_train(nn.Parameter(torch.from_numpy(start).float()), gradients, 0.01, s).double().numpy() for s in range(40)]
+    )
+
+    def size(difference: np.ndarray) -> float:
+        return float(np.sqrt((difference**2).mean()))
+
+    way = size(exact - start)
+    assert 0.02 * way < size(found[0] - exact) < 0.3 * way
+    assert size(found.mean(0) - exact) < 0.4 * size(found[0] - exact)
 
 
 def test_bf16_weights_are_the_float32_ones_on_average() -> None:
@@ -105,37 +133,12 @@ def test_more_dimensions_are_one() -> None:
 
 
 def test_rows_at_a_time_are_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    start, gradients = np.random.default_rng(4).normal(size=(33, 130)), _gradients((33, 130), 6)
+    """In the first step, which needs no moments from before: their random bits come in another order."""
+    start, gradients = np.random.default_rng(4).normal(size=(33, 130)), _gradients((33, 130), 1)
     whole = _train(nn.Parameter(torch.from_numpy(start).float()), gradients, lr=0.01)
     monkeypatch.setattr(quarter, "CHUNK", 4 * 130)
     parts = _train(nn.Parameter(torch.from_numpy(start).float()), gradients, lr=0.01)
-    torch.testing.assert_close(parts, whole, atol=5e-4, rtol=0)  # sums in another order can move a code
-
-
-@pytest.mark.parametrize("columns", [1, 127, 128, 300])
-def test_codes_are_within_their_bound(columns: int) -> None:
-    random = torch.Generator().manual_seed(0)
-    values = torch.randn(50, columns, generator=random) * torch.randn(50, 1, generator=random).exp()
-    values[3] = 0.0
-    codes, scales = torch.empty(50, columns, dtype=torch.int8), torch.empty(50, -(-columns // BLOCK))
-    encode(values, codes, scales)
-    scale = scales.repeat_interleave(BLOCK, dim=1)[:, :columns]
-    shares = values.abs() / scale.clamp_min(1e-30)
-    bound = scale * (shares.sqrt() / 127 + 1 / (4 * 127**2)) + 1e-6 * scale
-    found = decode(codes, scales)
-    assert found.shape == values.shape
-    assert bool(((found - values).abs() <= bound).all())
-    assert bool((found * values >= 0).all())
-    assert torch.equal(found.abs().amax(1), values.abs().amax(1))  # the largest of a block is kept whole
-
-
-def test_what_was_decoded_encodes_to_itself() -> None:
-    codes = torch.arange(-127, 128, dtype=torch.int8)[None].repeat(3, 1)
-    scales = torch.tensor([[1e-6], [1.0], [3e4]]).repeat(1, 2)
-    scales[:, 1] *= 0.3
-    again, scales_again = torch.empty_like(codes), torch.empty_like(scales)
-    encode(decode(codes, scales), again, scales_again)
-    assert torch.equal(again, codes)
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)
 
 
 def _model(dtype: torch.dtype) -> nn.Module:
@@ -236,7 +239,7 @@ def test_rows_without_gradient_move_by_decay_alone() -> None:
 
 
 def test_bytes_of_state() -> None:
-    """Of a matrix: a byte a weight, a scale for 128, row and column means. Of a vector: two float32."""
+    """Of a matrix: two half bytes a weight, two scales for 128. Of a vector: two float32."""
     matrix, vector = (nn.Parameter(torch.zeros(*shape, dtype=torch.bfloat16)) for shape in ((512, 384), (100,)))
     optimizer = Quarter([matrix, vector], lr=1e-3)
     for parameter in (matrix, vector):
@@ -246,7 +249,7 @@ def test_bytes_of_state() -> None:
     def measured(parameter: nn.Parameter) -> int:
         return sum(v.untyped_storage().nbytes() for v in optimizer.state[parameter].values() if torch.is_tensor(v))
 
-    assert measured(matrix) == 512 * 384 + 4 * 512 * 3 + 4 * (512 + 384) == quarter_state_bytes((512, 384))
+    assert measured(matrix) == 2 * (512 * 384 // 2 + 4 * 512 * 3) == quarter_state_bytes((512, 384))
     assert measured(vector) == 8 * 100 == quarter_state_bytes((100,))
 
 

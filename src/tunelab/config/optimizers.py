@@ -292,8 +292,8 @@ class AdaLomoConfig(_Optimizer):
 
 
 class QuarterConfig(AdamConfig):
-    """Our own (optim/quarter.py): AdamW's step with momentum in 8 bits and a factored second moment. With
-    `model.precision: bf16-stored` and `training.gradient_release` at most 4 bytes a parameter in all.
+    """Our own (optim/quarter.py): AdamW with moments in 4 bits, rounded stochastically. With `model.precision:
+    bf16-stored` and `training.gradient_release` at most 4 bytes a parameter in all.
     """
 
     name: Literal["quarter"] = "quarter"  # type: ignore[assignment]

@@ -1,22 +1,23 @@
-"""Quarter: AdamW's step in a quarter of its memory, at most 4 bytes a parameter with weights and gradients.
+"""Quarter: AdamW in a quarter of its memory, at most 4 bytes a parameter with weights and gradients.
 
 For a matrix W (n, m) with gradient G at step t, all arithmetic in float32:
 
-    r ← β₂ r + (1 − β₂) mean_j G²,   c ← β₂ c + (1 − β₂) mean_i G²              (n,), (m,)
-    U = G / √V,   V = r cᵀ / (mean(r) (1 − β₂ᵗ))                                 Adafactor, eq. 4 with Adam's β₂
-    U ← U / max(1, RMS(U) / d)                                                   Adafactor, §6: in place of clipping
-    M ← β₁ M + (1 − β₁) U,                                                       CAME's and Adafactor's momentum
-    W ← W − η (M / (1 − β₁ᵗ) + λ W)                                              AdamW, algorithm 2
-    M is kept in 8 bits, blocks of 128 with one scale                            8-bit optimizers, §2
-    W, if bf16, is rounded stochastically                                        rounding.py
+    V ← β₂ V + (1 − β₂) G²                                              Adam, algorithm 1
+    G ← G / max(1, RMS(G / √V̂) / d),     V̂ = V / (1 − β₂ᵗ)              Adafactor, §6: in place of global clipping
+    M ← β₁ M + (1 − β₁) G,               M̂ = M / (1 − β₁ᵗ)              Adam
+    W ← W − η (M̂ / (√V̂ + ε) + λ W)                                      AdamW, algorithm 2
 
-Adafactor: Shazeer & Stern 2018; CAME: Luo et al. 2023; AdamW: Loshchilov & Hutter 2019; 8-bit: Dettmers et al. 2022.
-Vectors (biases, norms: 0.1% of a model) are plain AdamW with float32 moments.
+and then M and V are kept in 4 bits a value (`nibbles.py`), and W, if bf16, in bf16, all three rounded stochastically:
+what is stored is on average what AdamW would have. Nothing else differs from AdamW. Vectors (biases, norms: 0.1% of a
+model) are AdamW with float32 moments.
 
-Bytes a parameter: 2 of W, 1.03 of M, 4 (n + m) / nm of r and c. With `training.gradient_release` gradients live one
-tensor at a time, so that their peak is the tied embedding's 2 bytes (31% of GPT-2: 0.62) and half a block's. Nothing
-here depends on a second parameter, no global norm and no shared statistic: that is what release asks for. A matrix is
-updated some rows at a time, so that float32 exists for `CHUNK` values and not for an embedding.
+Adam: Kingma & Ba 2015; AdamW: Loshchilov & Hutter 2019; Adafactor: Shazeer & Stern 2018. Moments in 4 bits: Li et al.
+2023, who round to nearest and therefore factor V.
+
+Bytes a parameter: 2 of W, 1.06 of M and V. With `training.gradient_release` gradients live one tensor at a time: their
+peak is the tied embedding's 2 bytes (31% of GPT-2: 0.62) and half a block's. Nothing here depends on a second
+parameter, no global norm and no shared statistic: that is what release asks for. A matrix is updated some rows at a
+time, so that float32 exists for `CHUNK` values and not for an embedding.
 """
 
 from __future__ import annotations
@@ -26,29 +27,31 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tunelab.optim.nibbles import (
+    decode_momentum,
+    decode_square,
+    encode_momentum,
+    encode_square,
+    nibbles_shape,
+    scales_shape,
+)
 from tunelab.optim.rounding import generator_for, stochastic_round
 
-BLOCK = 128
-"""Neighbours in a row that share a scale."""
-
 CHUNK = 1 << 18
-"""Values of a matrix in float32 at once, in whole rows."""
-
-TINY = 1e-38
-"""In place of a zero mean or scale. Where the mean square is 0, so is the gradient."""
+"""Values of a matrix in float32 at once, in whole rows. The random bits are drawn in its order."""
 
 
 class Quarter(torch.optim.Optimizer):
     """The update above, of float32 and bf16 parameters. Takes everything as torch's AdamW, and:
 
-    clip_threshold: the largest root mean square of U (d). seed: random bits of the rounding are a function of (seed,
-    step, number of the parameter); nothing else is random, so a resumed run goes on with the same bits.
+    clip_threshold: the largest root mean square of a matrix's G / √V̂ (d). seed: all random bits are a function of
+    (seed, step, number of the parameter), so a resumed run goes on with the same.
 
-    State of a matrix: `step` (int), `codes` int8 (n, m), `scales` float32 (n, ⌈m/128⌉), `rows` (n,), `columns` (m,);
-    of a vector: `step`, `exp_avg`, `exp_avg_sq`. Raises TypeError for parameters of any other dtype.
+    State of a matrix: `step` (int), `exp_avg` and `exp_avg_sq` uint8 (n, ⌈m/2⌉), `exp_avg_scale` and
+    `exp_avg_sq_scale` float32 (n, ⌈m/128⌉); of a vector: `step`, `exp_avg`, `exp_avg_sq` float32. Raises TypeError for
+    parameters of any other dtype.
     """
 
     rounds_stochastically = True
@@ -109,8 +112,8 @@ def quarter_state_bytes(shape: tuple[int, ...]) -> int:
     """Bytes of the state tensors of a parameter of `shape`, whatever its dtype."""
     if len(shape) < 2:
         return 8 * math.prod(shape)
-    rows, columns = shape[0], math.prod(shape[1:])
-    return rows * columns + 4 * rows * -(-columns // BLOCK) + 4 * (rows + columns)
+    matrix = shape[0], math.prod(shape[1:])
+    return 2 * (math.prod(nibbles_shape(*matrix)) + 4 * math.prod(scales_shape(*matrix)))
 
 
 def _update_vector(
@@ -121,11 +124,9 @@ def _update_vector(
     if "exp_avg" not in state:
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
     beta1, beta2 = group["betas"]
-    mean, square = state["exp_avg"], state["exp_avg_sq"]
-    mean.lerp_(gradient, 1 - beta1)
-    square.lerp_(gradient.square(), 1 - beta2)
-    root = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-    _move(parameter.data, (mean / root).div_(1 - beta1 ** state["step"]), group, generator)
+    mean = state["exp_avg"].lerp_(gradient, 1 - beta1)
+    square = state["exp_avg_sq"].lerp_(gradient.square(), 1 - beta2)
+    _move(parameter.data, mean / (1 - beta1 ** state["step"]), _root(square, state["step"], group), group, generator)
 
 
 def _update_matrix(
@@ -133,51 +134,49 @@ def _update_matrix(
 ) -> None:
     """The module's equations. gradient: (n, m), or (n, …) with all but the first dimension taken as one."""
     gradient, weight = gradient.flatten(1), parameter.data.flatten(1)
-    if "codes" not in state:
+    if "exp_avg" not in state:
         _start_matrix(state, gradient)
-    beta1, beta2 = group["betas"]
-    correction = 1 - beta1 ** state["step"]
-    row_factor, column_factor = _whitening(gradient, state, beta2, group["clip_threshold"])
+    columns, beta1 = gradient.shape[1], group["betas"][0]
+    clipping = _clipping(gradient, state, group)
     for rows in _chunks(gradient):
-        update = _float32(gradient[rows]).mul_(row_factor[rows, None]).mul_(column_factor)
-        momentum = decode(state["codes"][rows], state["scales"][rows]).lerp_(update, 1 - beta1)
-        encode(momentum, state["codes"][rows], state["scales"][rows])
-        _move(weight[rows], momentum.div_(correction), group, generator)
+        square = _next_square(gradient[rows], state, rows, group)
+        momentum = decode_momentum(state["exp_avg"][rows], state["exp_avg_scale"][rows], columns)
+        momentum.lerp_(_float32(gradient[rows]).div_(clipping), 1 - beta1)
+        encode_momentum(momentum, state["exp_avg"][rows], state["exp_avg_scale"][rows], generator)
+        encode_square(square, state["exp_avg_sq"][rows], state["exp_avg_sq_scale"][rows], generator)
+        root = _root(square, state["step"], group)
+        _move(weight[rows], momentum.div_(1 - beta1 ** state["step"]), root, group, generator)
 
 
 def _start_matrix(state: dict[str, Any], gradient: Tensor) -> None:
-    num_rows, num_columns = gradient.shape
-    state["codes"] = gradient.new_zeros(num_rows, num_columns, dtype=torch.int8)
-    state["scales"] = gradient.new_zeros(num_rows, -(-num_columns // BLOCK), dtype=torch.float32)
-    state["rows"] = gradient.new_zeros(num_rows, dtype=torch.float32)
-    state["columns"] = gradient.new_zeros(num_columns, dtype=torch.float32)
+    for name in ("exp_avg", "exp_avg_sq"):
+        state[name] = gradient.new_zeros(nibbles_shape(*gradient.shape), dtype=torch.uint8)
+        state[f"{name}_scale"] = gradient.new_zeros(scales_shape(*gradient.shape), dtype=torch.float32)
 
 
-def _whitening(gradient: Tensor, state: dict[str, Any], beta2: float, clip_threshold: float) -> tuple[Tensor, Tensor]:
-    """a (n,), b (m,) such that U = G ∘ a bᵀ, clipped; the factors of the second moment are brought up to date.
-
-    As V has rank 1, so has 1/√V: no matrix of it is ever made, and RMS(U)² = aᵀ² G² b² / nm.
-    """
-    num_rows, num_columns = gradient.shape
-    columns = torch.zeros_like(state["columns"])
-    for rows in _chunks(gradient):
-        squared = _float32(gradient[rows]).square_()
-        state["rows"][rows].lerp_(squared.mean(1), 1 - beta2)
-        columns += squared.sum(0)
-    state["columns"].lerp_(columns.div_(num_rows), 1 - beta2)
-    unbiased = 1 - beta2 ** state["step"]
-    row_factor = (state["rows"] / state["rows"].mean().clamp_min(TINY)).clamp_min_(TINY).rsqrt_()
-    column_factor = (state["columns"] / unbiased).clamp_min_(TINY).rsqrt_()
+def _clipping(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """By what G is divided, (). V is brought up to date here only to be looked at, so no matrix of it is kept."""
     total = gradient.new_zeros((), dtype=torch.float32)
     for rows in _chunks(gradient):
-        total += _float32(gradient[rows]).mul_(row_factor[rows, None]).mul_(column_factor).square_().sum()
-    clipping = (total / (num_rows * num_columns)).sqrt_().div_(clip_threshold).clamp_min_(1.0)
-    return row_factor, column_factor.div_(clipping)
+        root = _root(_next_square(gradient[rows], state, rows, group), state["step"], group)
+        total += torch.div(gradient[rows].float(), root, out=root).square_().sum()
+    return (total / gradient.numel()).sqrt_().div_(group["clip_threshold"]).clamp_min_(1.0)
 
 
-def _move(weight: Tensor, direction: Tensor, group: dict[str, Any], generator: torch.Generator) -> None:
-    """weight ← weight − η (direction + λ weight), in place; bf16 rounded stochastically. Uses up `direction`."""
-    moved = weight.float().mul(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
+def _next_square(gradient: Tensor, state: dict[str, Any], rows: slice, group: dict[str, Any]) -> Tensor:
+    """V of these rows with `gradient` taken in, float32."""
+    square = decode_square(state["exp_avg_sq"][rows], state["exp_avg_sq_scale"][rows], gradient.shape[1])
+    return square.lerp_(_float32(gradient).square_(), 1 - group["betas"][1])
+
+
+def _root(square: Tensor, step: int, group: dict[str, Any]) -> Tensor:
+    """√V̂ + ε."""
+    return (square / (1 - group["betas"][1] ** step)).sqrt_().add_(group["eps"])
+
+
+def _move(weight: Tensor, mean: Tensor, root: Tensor, group: dict[str, Any], generator: torch.Generator) -> None:
+    """weight ← weight − η (mean / root + λ weight), in place; bf16 rounded stochastically."""
+    moved = _float32(weight).mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(mean, root, value=-group["lr"])
     weight.copy_(stochastic_round(moved, generator) if weight.dtype == torch.bfloat16 else moved)
 
 
@@ -189,29 +188,3 @@ def _float32(tensor: Tensor) -> Tensor:
 def _chunks(matrix: Tensor) -> Iterator[slice]:
     rows = max(1, CHUNK // max(1, matrix.shape[1]))
     return (slice(start, start + rows) for start in range(0, matrix.shape[0], rows))
-
-
-# --- momentum in 8 bits ---------------------------------------------------------------------------------------------
-
-
-def encode(values: Tensor, codes: Tensor, scales: Tensor) -> None:
-    """float32 (n, m) into `codes` int8 (n, m) and `scales` (n, ⌈m/128⌉), the largest magnitude of each block.
-
-    With x = value / scale the code is round(127 sign(x) √|x|): spacings shrink towards 0 as |x| does, where most of a
-    block lies, and the smallest nonzero magnitude is 1/127² of the largest (Dettmers' dynamic map has the same aim).
-    The error is at most √x/127 + 1/127²/4 of the scale.
-    """
-    num_rows, num_columns = values.shape
-    blocks = F.pad(values, (0, -num_columns % BLOCK)).view(num_rows, -1, BLOCK)
-    torch.amax(blocks.abs(), dim=2, out=scales)
-    shares = blocks / scales.clamp_min(TINY)[..., None]
-    rounded = shares.abs().sqrt_().mul_(127).round_().copysign_(shares)
-    codes.copy_(rounded.view(num_rows, -1)[:, :num_columns])
-
-
-def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """What `encode` kept, float32 (n, m)."""
-    roots = codes.float().div_(127)
-    num_rows, num_columns = codes.shape
-    signed_squares = F.pad(roots.mul(roots.abs()), (0, -num_columns % BLOCK)).view(num_rows, -1, BLOCK)
-    return (signed_squares * scales[..., None]).view(num_rows, -1)[:, :num_columns]
