@@ -17,8 +17,8 @@ from tests.test_train import Notes, _as_it_was, curve, recipe_data
 from tunelab.config import ModelConfig, parse_recipe
 from tunelab.errors import ConfigError
 from tunelab.export import export_model
-from tunelab.planner import plan_recipe
 from tunelab.models.loading import load_model
+from tunelab.planner import plan_recipe
 from tunelab.progress import SilentProgress
 from tunelab.runs import RunFolder
 from tunelab.train import train

@@ -28,8 +28,10 @@ from tunelab.evaluation import heldout
 from tunelab.forecast import detect_target
 from tunelab.models import engine
 from tunelab.models.tiny import build_tiny_tokenizer
+from tunelab.preflight import load_data, plan_for
+from tunelab.recording import advice
 from tunelab.runs import RunFolder
-from tunelab.train import advice, load_data, plan_for, train
+from tunelab.train import train
 from tunelab.training import step
 from tunelab.types import Batch
 

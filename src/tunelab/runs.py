@@ -89,7 +89,6 @@ class _Representer(SafeRepresenter):
 _Representer.add_representer(str, _Representer.represent_str)
 
 
-
 @dataclass(frozen=True)
 class RunFolder:
     """One run on disk."""

@@ -229,7 +229,7 @@ def _low_rank_transient(
 
 
 def _quarter_transient(config: QuarterConfig, parameter: Parameter, roles: ParameterRoles) -> int:
-    return min(math.prod(parameter[1]), CHUNK) * (20 if parameter[2] >= 4 else 27)
+    return min(math.prod(parameter[1]), CHUNK) * (29 if parameter[2] >= 4 else 31)
 
 
 TRANSIENT: dict[type, Callable[[Any, Parameter, ParameterRoles], int]] = {

@@ -57,8 +57,8 @@ def encode_square(values: Tensor, codes: Tensor, scales: Tensor, generator: torc
     """As `encode_momentum`, of values ≥ 0."""
     root = _scaled(values, scales).sqrt_().sqrt_().mul_(16)
     low = root.floor().clamp_(1, 15)
-    fourth = low.pow(4)
-    chance = root.pow_(4).sub_(fourth).div_((low + 1).pow_(4).sub_(fourth))
+    fourth = low.square().square_()
+    chance = root.square_().square_().sub_(fourth).div_((low + 1).square_().square_().sub_(fourth))
     codes.copy_(_packed(_either(low, chance, generator).sub_(1), values.shape[1]))
 
 

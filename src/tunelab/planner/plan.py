@@ -13,9 +13,9 @@ from tunelab.forecast.calibration import measure_speeds, read_speeds
 from tunelab.models.loading import load_skeleton, load_tokenizer
 from tunelab.planner.advice import advise
 from tunelab.planner.assumed import assumed_data
+from tunelab.preflight import load_data, plan_for, plan_run
 from tunelab.progress import Progress
 from tunelab.session import Plan, TrainingData
-from tunelab.train import load_data, plan_for, plan_run
 
 
 def plan_recipe(
