@@ -18,7 +18,13 @@ TITLES: dict[str, str] = {
 }
 
 RATES: dict[str, dict[str, float]] = {
-    "scratch": {"adamw": 9.5e-4, "quarter": 9.5e-4, "adafactor_lean": 9.5e-4, "adamw_8bit": 9.5e-4, "adalomo_lean": 3e-2},
+    "scratch": {
+        "adamw": 9.5e-4,
+        "quarter": 9.5e-4,
+        "adafactor_lean": 9.5e-4,
+        "adamw_8bit": 9.5e-4,
+        "adalomo_lean": 3e-2,
+    },
     "smollm2": {"adamw": 9.5e-5, "quarter": 9.5e-5, "lora": 1e-3, "adafactor_lean": 9.5e-5, "adalomo_lean": 9.5e-4},
 }
 """Where the search for a learning rate begins; for fine-tuning the small model `arms.py` says it. An arm without a rate
