@@ -133,7 +133,7 @@ def run_one(recipe_path: Path, result: Path, calibrate: bool) -> None:
     if calibrate:
         from tunelab.planner import plan_recipe
 
-        result.write_text(json.dumps(plan_recipe(recipe, SilentProgress(), strict=True)))
+        result.write_text(json.dumps(plan_recipe(recipe, SilentProgress(), strict=True, calibrate=True)))
         return
     from tunelab.train import train
 
