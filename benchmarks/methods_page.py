@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.labels import write_labels
 from benchmarks.report import replace_between, table
 from benchmarks.workloads import ROOT
 
@@ -66,7 +67,7 @@ def write_plot(path: Path, result: Mapping[str, Any]) -> None:
     """
     import matplotlib
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")  # which can measure text; what is saved is SVG all the same
     matplotlib.rcParams["svg.hashsalt"] = "tunelab"
     from matplotlib import pyplot
 
@@ -84,10 +85,6 @@ def write_plot(path: Path, result: Mapping[str, Any]) -> None:
             x, y, change = row[key] * scale, row["loss"]["value"], row["change"]
             bars = [[change["value"] - change["low"]], [change["high"] - change["value"]]]
             panel.errorbar(x, y, yerr=bars, fmt="o", color=_colour(row["arm"]), markersize=6, elinewidth=1, capsize=2)
-            right, up = _LABELS.get(row["arm"], (6, 4))
-            name = row["title"].split(",")[0] + _rank(row)
-            panel.annotate(name, (x, y), (right, up), textcoords="offset points", fontsize=8,
-                           ha="left" if right > 0 else "right")  # fmt: skip
         panel.set_xlabel(title)
         panel.margins(x=0.16)
         panel.spines[["top", "right"]].set_visible(False)
@@ -95,17 +92,17 @@ def write_plot(path: Path, result: Mapping[str, Any]) -> None:
         panel.set_axisbelow(True)
     panels[0].set_xscale("log")
     panels[0].set_ylabel("held-out loss, nats a token")
+    for panel, key, scale in ((panels[0], "trainable_parameters", 1.0), (panels[1], "peak_memory_bytes", 2**-30)):
+        labels = [(r[key] * scale, r["loss"]["value"], _name(r), _colour(r["arm"])) for r in rows]
+        write_labels(figure, panel, labels, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
 
-_LABELS = {"full": (-6, 4), "dora-16": (6, -10), "qlora-16": (-6, 4), "prefix": (6, -10)}
-"""Where a label stands, in points from its mark, if not to the right and above: out of its neighbours' way."""
-
-
-def _rank(row: Mapping[str, Any]) -> str:
-    return f" {row['arm'].split('-')[1]}" if row["arm"][-1].isdigit() else ""
+def _name(row: Mapping[str, Any]) -> str:
+    rank = f" {row['arm'].split('-')[1]}" if row["arm"][-1].isdigit() else ""
+    return row["title"].split(",")[0] + rank
 
 
 def _colour(arm: str) -> str:
