@@ -78,7 +78,7 @@ def _combinations(recipe: Recipe, plan: Plan, device_type: str) -> Iterator[tupl
 
 
 def _is_sensible(recipe: Recipe, way: tuple[Change, ...]) -> bool:
-    """Weights that learn are not kept in plain bf16, which loses small updates; frozen ones need no random rounding."""
+    """Weights that learn keep their float32 products, as in the training asked for; frozen ones need no random rounding."""
     pairs = {pair for change in way for pair in change.overrides}
     frozen = (recipe.adapter is not None and recipe.adapter.name != "partial") or ("adapter.name", "lora") in pairs
     return ("model.precision", STORED if frozen else PURE) not in pairs
@@ -130,7 +130,7 @@ def _optimizer(recipe: Recipe) -> list[Change]:
         return []
     found = [Change((("optimizer.name", "adamw_8bit"),), "moments in 8 bits: nearly the same training", 8)]
     if recipe.adapter is None:
-        effect = "another optimizer of AdamW's kind, with state, weights and gradients in fewer bits"
+        effect = "AdamW's update with both moments in 4 bits, clipped by the matrix"
         found.append(Change((("optimizer.name", "quarter"),), effect, 12))
     return found
 
