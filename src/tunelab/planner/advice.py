@@ -78,7 +78,7 @@ def _combinations(recipe: Recipe, plan: Plan, device_type: str) -> Iterator[tupl
 
 
 def _is_sensible(recipe: Recipe, way: tuple[Change, ...]) -> bool:
-    """Weights that learn keep their float32 products, as in the training asked for; frozen ones need no random rounding."""
+    """Weights that learn keep their products in float32, as was asked for; frozen ones need no random rounding."""
     pairs = {pair for change in way for pair in change.overrides}
     frozen = (recipe.adapter is not None and recipe.adapter.name != "partial") or ("adapter.name", "lora") in pairs
     return ("model.precision", STORED if frozen else PURE) not in pairs
